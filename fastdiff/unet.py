@@ -1,0 +1,269 @@
+"""The U-Net of the DDPM and ADM family, channels-last.
+
+Sources: Ho et al. 2020, "Denoising diffusion probabilistic models" (DDPM); Nichol and Dhariwal 2021, "Improved
+denoising diffusion probabilistic models" (scale-shift norm); Dhariwal and Nichol 2021, "Diffusion models beat GANs on
+image synthesis" (ADM).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.unet_blocks import (
+    CrossAttention,
+    Downsample,
+    GroupNormSiLU,
+    ResidualBlock,
+    SelfAttention,
+    TimestepEmbedding,
+    Upsample,
+    zero_init,
+)
+from fastdiff.unet_config import PRESETS, UNetConfig
+
+__all__ = ["PRESETS", "UNet", "UNetConfig"]
+
+
+class UNetLayer(nn.Module):
+    """One residual block, then self-attention and cross-attention where the configuration has them.
+
+    `forward(x, embedding, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W].
+    """
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
+        super().__init__()
+        self.resnet = _residual_block(config, in_channels, out_channels)
+        self.attention: SelfAttention | None = None
+        self.cross_attention: CrossAttention | None = None
+        if not attention:
+            return
+        num_heads, num_groups = config.heads(out_channels), config.norm_num_groups
+        eps = config.norm_eps if config.attention_norm_eps is None else config.attention_norm_eps
+        self.attention = SelfAttention(out_channels, num_heads=num_heads, num_groups=num_groups, eps=eps)
+        if config.cross_attention_dim is not None:
+            self.cross_attention = CrossAttention(
+                out_channels, config.cross_attention_dim, num_heads=num_heads, num_groups=num_groups, eps=eps
+            )
+
+    def forward(self, x: Tensor, embedding: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+        x = self.resnet(x, embedding)
+        if self.attention is not None:
+            x = self.attention(x)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, encoder_hidden_states)
+        return x
+
+
+class DownBlock(nn.Module):
+    """The layers of one resolution on the way down, then the downsampling that leaves it (None at the last).
+
+    `forward(x, embedding, encoder_hidden_states)` -> the output of every layer and of the downsampling, in order: each
+    is a skip connection, and the last goes on.
+    """
+
+    def __init__(self, layers: list[UNetLayer], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, embedding: Tensor, encoder_hidden_states: Tensor | None) -> list[Tensor]:
+        outputs = []
+        for layer in self.layers:
+            x = layer(x, embedding, encoder_hidden_states)
+            outputs.append(x)
+        if self.downsample is not None:
+            outputs.append(self.downsample(x, embedding))
+        return outputs
+
+
+class UpBlock(nn.Module):
+    """The layers of one resolution on the way up, each fed one skip, then the upsampling (None at the last).
+
+    `forward(x, skips, embedding, encoder_hidden_states)` -> Tensor; takes what it needs off the end of `skips`.
+    """
+
+    def __init__(self, layers: list[UNetLayer], upsample: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.upsample = upsample
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], embedding: Tensor, encoder_hidden_states: Tensor | None
+    ) -> Tensor:
+        for layer in self.layers:
+            x = layer(torch.cat([x, skips.pop()], dim=1), embedding, encoder_hidden_states)
+        return x if self.upsample is None else self.upsample(x, embedding)
+
+
+class UNet(nn.Module):
+    """The U-Net of the DDPM and ADM family. Weights are channels-last, and so is the output for any input layout.
+
+    `null_class`: the label that means "no class" (num_classes), or None for an unconditional model.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.level_channels[0]
+        embedding_channels = 4 * config.model_channels
+        self.time_embedding = TimestepEmbedding(
+            config.model_channels,
+            embedding_channels,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        self.class_embedding: nn.Embedding | None = None
+        if config.num_classes is not None:
+            self.class_embedding = nn.Embedding(config.num_classes + 1, embedding_channels)
+        self.conv_in = nn.Conv2d(config.in_channels, channels, kernel_size=3, padding=1)
+
+        levels = list(zip(config.level_channels, config.level_resolutions))
+        skip_channels = [channels]
+        self.down_blocks = nn.ModuleList()
+        for level, (out_channels, resolution) in enumerate(levels):
+            attention = resolution in config.attention_resolutions
+            layers = []
+            for _ in range(config.num_res_blocks):
+                layers.append(UNetLayer(config, channels, out_channels, attention=attention))
+                channels = out_channels
+                skip_channels.append(channels)
+            downsample = None
+            if level < len(levels) - 1:
+                downsample = _downsample(config, channels)
+                skip_channels.append(channels)
+            self.down_blocks.append(DownBlock(layers, downsample))
+
+        self.mid_layers = nn.ModuleList(
+            [UNetLayer(config, channels, channels, attention=attention) for attention in (True, False)]
+        )
+
+        self.up_blocks = nn.ModuleList()
+        for level, (out_channels, resolution) in reversed(list(enumerate(levels))):
+            attention = resolution in config.attention_resolutions
+            layers = []
+            for _ in range(config.num_res_blocks + 1):
+                layers.append(UNetLayer(config, channels + skip_channels.pop(), out_channels, attention=attention))
+                channels = out_channels
+            self.up_blocks.append(UpBlock(layers, _upsample(config, channels) if level > 0 else None))
+
+        self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=config.norm_eps)
+        self.conv_out = zero_init(nn.Conv2d(channels, config.out_channels, kernel_size=3, padding=1))
+        # The layout of a conv's weight decides that of its output, even for an input in NCHW.
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> UNet:
+        """A freshly initialised UNet of a named configuration: "digits", "cifar10" or "imagenet64".
+
+        `overrides` replace fields of its UNetConfig: `UNet.preset("imagenet64", num_classes=1000)`. Raises ValueError
+        for an unknown name or field, or for values that do not fit.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset name must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(UNetConfig.from_dict({**PRESETS[name].to_dict(), **overrides}))
+
+    @property
+    def null_class(self) -> int | None:
+        return self.config.num_classes
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """Predict from the noisy images x [B, in_channels, H, W] at timesteps t [B] (integer or floating).
+
+        class_labels: int64 or int32 [B] in 0..num_classes, the last being the null class; None means the null class for
+        all. Their range is not checked here: that would synchronise the host with the device.
+        encoder_hidden_states: [B, S, cross_attention_dim]; needed exactly when the model has cross-attention.
+        H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
+
+        Returns [B, out_channels, H, W], channels-last, in the dtype of the weights (or of autocast). Raises ValueError
+        for inputs that do not fit the configuration.
+        """
+        self._validate_inputs(x, t, class_labels, encoder_hidden_states)
+        embedding = self.time_embedding(t)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                embedding = embedding + self.class_embedding.weight[-1]
+            else:
+                embedding = embedding + self.class_embedding(class_labels)
+        # Every residual block starts with this SiLU: once is enough.
+        embedding = F.silu(embedding)  # [B, 4 * model_channels]
+
+        skips = [self.conv_in(x)]
+        for block in self.down_blocks:
+            skips += block(skips[-1], embedding, encoder_hidden_states)
+        h = skips[-1]
+        for layer in self.mid_layers:
+            h = layer(h, embedding, encoder_hidden_states)
+        for block in self.up_blocks:
+            h = block(h, skips, embedding, encoder_hidden_states)
+        return self.conv_out(self.norm_out(h))
+
+    def _validate_inputs(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None, encoder_hidden_states: Tensor | None
+    ) -> None:
+        config = self.config
+        if x.dim() != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(f"x must have shape [B, {config.in_channels}, H, W], got {list(x.shape)}")
+        batch, _, height, width = x.shape
+        factor = config.downsampling_factor
+        if height % factor or width % factor or not height or not width:
+            raise ValueError(
+                f"the height and width of x must be positive multiples of {factor}, got {height} x {width}"
+            )
+        if t.shape != (batch,):
+            raise ValueError(f"t must have shape [{batch}], one timestep per image of x, got {list(t.shape)}")
+        if class_labels is not None:
+            if config.num_classes is None:
+                raise ValueError("class_labels must be None for a model without classes (num_classes=None), got labels")
+            if class_labels.shape != (batch,) or class_labels.dtype not in (torch.int64, torch.int32):
+                raise ValueError(
+                    f"class_labels must be int64 or int32 of shape [{batch}],"
+                    f" got {class_labels.dtype} of shape {list(class_labels.shape)}"
+                )
+        dim = config.cross_attention_dim
+        if dim is None:
+            if encoder_hidden_states is not None:
+                raise ValueError(
+                    "encoder_hidden_states must be None for a model without cross-attention (cross_attention_dim=None),"
+                    f" got shape {list(encoder_hidden_states.shape)}"
+                )
+            return
+        if encoder_hidden_states is None:
+            raise ValueError(f"encoder_hidden_states must have shape [{batch}, S, {dim}], got None")
+        shape = encoder_hidden_states.shape
+        if len(shape) != 3 or shape[0] != batch or shape[2] != dim:
+            raise ValueError(f"encoder_hidden_states must have shape [{batch}, S, {dim}], got {list(shape)}")
+
+
+def _residual_block(config: UNetConfig, in_channels: int, out_channels: int, **resample: Any) -> ResidualBlock:
+    return ResidualBlock(
+        in_channels,
+        out_channels,
+        4 * config.model_channels,
+        num_groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        dropout=config.dropout,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        **resample,
+    )
+
+
+def _downsample(config: UNetConfig, channels: int) -> nn.Module:
+    if config.resblock_updown:
+        return _residual_block(config, channels, channels, resample="down")
+    return Downsample(channels, padding=config.downsample_padding)
+
+
+def _upsample(config: UNetConfig, channels: int) -> nn.Module:
+    if config.resblock_updown:
+        return _residual_block(config, channels, channels, resample="up")
+    return Upsample(channels)
