@@ -1,0 +1,54 @@
+# make demo   samples digits with the packaged model
+# make test   lint, types, and the whole test suite; TORCH=2.11.0 runs it on that version of torch
+PYTHON ?= python3
+TORCH ?=
+VENV := .venv$(if $(TORCH),-torch$(TORCH))
+BIN := $(VENV)/bin
+TORCH_PIN := $(if $(TORCH),torch==$(TORCH))
+DEMO_OUT ?= digits.png
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest clean
+
+help:
+	@echo "make demo    install into $(VENV) and sample digits with the packaged model"
+	@echo "make test    lint, types and all tests (TORCH=2.11.0 for the oldest supported torch)"
+	@echo "make clean   remove environments and caches"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# A stamp an extra, renewed when the requirements change.
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+	@echo "installing fastdiff into $(VENV) (torch brings about 5 GB of CUDA libraries; they also run without a GPU)"
+	$(BIN)/python -m pip install --quiet --editable . $(TORCH_PIN)
+	@touch $@
+
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
+	@echo "installing fastdiff[test] into $(VENV) (torch brings about 5 GB of CUDA libraries; they also run without a GPU)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]" $(TORCH_PIN)
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/fastdiff sample --out $(DEMO_OUT)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not read setup.py's mapping of kernels/ to fastdiff.kernels: show them a folder of links that has it.
+types: $(VENV)/.installed-test
+	@rm -rf .typecheck && mkdir -p .typecheck/fastdiff
+	@for entry in fastdiff/*; do ln -s ../../$$entry .typecheck/fastdiff/; done; ln -s ../../kernels .typecheck/fastdiff/kernels
+	cd .typecheck && ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p fastdiff
+
+# Once with the kernels in Triton's interpreter (on a GPU: on the GPU), once the kernel tests on the plain CPU path.
+pytest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/kernels --deselect tests/kernels/test_static.py
+
+test: lint types pytest
+
+clean:
+	rm -rf .venv* .typecheck .pytest_cache .ruff_cache .mypy_cache build *.egg-info

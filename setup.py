@@ -1,0 +1,12 @@
+"""Maps the top-level folder kernels/ to the subpackage fastdiff.kernels; everything else is in pyproject.toml.
+
+A top-level package called `kernels` would overwrite the unrelated PyPI package of that name.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
+    package_dir={"fastdiff.kernels": "kernels"},
+    package_data={"fastdiff": ["models/*/*.json", "models/*/*.safetensors", "py.typed"]},
+)
