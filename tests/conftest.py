@@ -1,0 +1,27 @@
+"""Without a GPU the kernel tests run the real kernels in Triton's interpreter; all other tests run the references."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports Triton: @triton.jit reads the variable when it decorates.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from fastdiff.kernels import dispatch
+
+KERNEL_TESTS = Path(__file__).parent / "kernels"
+
+
+@pytest.fixture(autouse=True)
+def _references_outside_kernel_tests(request, monkeypatch):
+    if KERNEL_TESTS not in request.path.parents:
+        monkeypatch.setattr(dispatch, "INTERPRET", False)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device the tests run on: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
