@@ -226,15 +226,21 @@ def normal_pair_ref(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal_ref(
-    seed: Tensor, sample_indices: Tensor, draw: Tensor, stream: int, shape: tuple[int, ...], channels_last: bool = True
+    seed: Tensor,
+    sample_indices: Tensor,
+    draw: Tensor,
+    stream: int | Tensor,
+    shape: tuple[int, ...],
+    channels_last: bool = True,
 ) -> Tensor:
-    """The plain-PyTorch oracle of `normal`; per-sample arrays int64 [B]."""
+    """The plain-PyTorch oracle of `normal`; per-sample arrays int64 [B], which stream may be too."""
     batch, channels, positions = sample_extent(shape)
     n_elements = channels * positions
     group = torch.arange((n_elements + 3) // 4, device=seed.device)
     c1, c2, key = (value.view(batch, 1) for value in (draw, sample_indices, seed))
+    c3 = stream.view(batch, 1) if isinstance(stream, Tensor) else torch.full_like(c1, stream)
     # the words are unsigned 32 bit: the kernel takes the low half of each index
-    words = philox_ref(group.view(1, -1), c1 & 0xFFFFFFFF, c2 & 0xFFFFFFFF, torch.full_like(c1, stream), key)
+    words = philox_ref(group.view(1, -1), c1 & 0xFFFFFFFF, c2 & 0xFFFFFFFF, c3, key)
     z = torch.stack([*normal_pair_ref(words[0], words[1]), *normal_pair_ref(words[2], words[3])], -1)
     z = z.flatten(1)[:, :n_elements].contiguous()
     if len(shape) < 3:
