@@ -104,7 +104,8 @@ class StepTable:
         draw: int32 [R] 0, 1, 2, ... over the rows of each stream that consume noise, -1 for none.
         stream: int32 [R] the noise stream (`fastdiff.kernels.philox.STREAMS`).
         ev: bool [R] the row evaluates the model.
-        init_noise_sigma: the walk starts at init_noise_sigma * unit noise.
+        init_noise_sigma, init_image_scale: the walk starts at init_noise_sigma * unit noise, for img2img on top of
+            init_image_scale * image.
     """
 
     columns: dict[str, np.ndarray]
@@ -114,9 +115,12 @@ class StepTable:
     stream: np.ndarray
     ev: np.ndarray
     init_noise_sigma: float = 1.0
+    init_image_scale: float = 1.0
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Row], *, init_noise_sigma: float = 1.0) -> "StepTable":
+    def from_rows(
+        cls, rows: Iterable[Row], *, init_noise_sigma: float = 1.0, init_image_scale: float = 1.0
+    ) -> "StepTable":
         """Pack rows: assign history slots and number the draws.
 
         Raises:
@@ -144,6 +148,7 @@ class StepTable:
             stream=np.array([STREAMS[row.stream] for row in rows], dtype=np.int32),
             ev=np.array([row.ev for row in rows]),
             init_noise_sigma=float(init_noise_sigma),
+            init_image_scale=float(init_image_scale),
         )
 
     def __len__(self) -> int:

@@ -274,6 +274,32 @@ def sample_index(sample_indices: Tensor | None, batch: int, device: torch.device
     return per_sample(sample_indices, batch, device, "sample_indices")
 
 
+def noise_counters(
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    sample_indices: Tensor | None,
+    draw: int | Tensor | None,
+    batch: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """(seed, sample_indices, draw), int64 [batch] each, of a kernel that takes either noise or seed; all None for noise.
+
+    Raises:
+        ValueError: not exactly one of noise and seed, or a value that `per_sample` refuses.
+    """
+    if (noise is None) == (seed is None):
+        raise ValueError(f"exactly one of noise and seed must be given, got {'neither' if noise is None else 'both'}")
+    if seed is None:
+        if sample_indices is not None or draw is not None:
+            raise ValueError("sample_indices and draw belong to seed, got them together with noise")
+        return None, None, None
+    return (
+        per_sample(seed, batch, device, "seed"),
+        sample_index(sample_indices, batch, device),
+        per_sample(0 if draw is None else draw, batch, device, "draw"),
+    )
+
+
 def normal(
     seed: Tensor, sample_indices: Tensor, draw: Tensor, stream: int, shape: tuple[int, ...], channels_last: bool = True
 ) -> Tensor:
