@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fastdiff.spacing import SIGMA_SPACINGS, karras_sigmas
+
 FloatArray = NDArray[np.float64]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
-SigmaSpacing = Literal["karras", "exponential", "beta"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +145,7 @@ class NoiseSchedule:
         return cls("edm", np.ones_like(sigma), sigma, config, sigma_data)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """This "vp" schedule shifted and scaled so that alphas_cumprod ends at exactly 0 (Lin et al. 2024, algorithm 1)."""
+        """This "vp" schedule, rescaled so that alphas_cumprod ends at exactly 0 (Lin et al. 2024, algorithm 1)."""
         if self.kind != "vp" or self.num_train_timesteps < 2:
             raise ValueError(
                 f"rescale_zero_terminal_snr needs a vp schedule of at least 2 timesteps, "
@@ -281,10 +282,11 @@ class NoiseSchedule:
     ) -> FloatArray:
         """Noise levels [num_inference_steps], falling, over the schedule's range or [sigma_min, sigma_max].
 
-        "karras": Karras et al. 2022, equation 5, rho = 7. "exponential": evenly spaced logarithms. "beta": quantiles of
-        Beta(0.6, 0.6) (Lee et al. 2024, "Beta Sampling is All You Need").
+        spacing is "karras", "exponential" or "beta": see `fastdiff.spacing`.
         """
         _check_steps(num_inference_steps, self.num_train_timesteps)
+        if spacing not in SIGMA_SPACINGS:
+            raise ValueError(f"sigma_spacing is {spacing!r}, accepted are {', '.join(SIGMA_SPACINGS)} and None")
         low = float(self.noise_level[0]) if sigma_min is None else sigma_min
         high = float(self.noise_level[-1]) if sigma_max is None else sigma_max
         if not math.isfinite(high):
@@ -294,19 +296,13 @@ class NoiseSchedule:
             )
         if not 0 < low <= high:
             raise ValueError(f"sigma_min={low} and sigma_max={high} are not 0 < sigma_min <= sigma_max")
-        if spacing == "karras":
-            return karras_sigmas(low, high, num_inference_steps)
-        if spacing == "exponential":
-            return np.exp(np.linspace(math.log(high), math.log(low), num_inference_steps))
-        if spacing == "beta":
-            return low + (high - low) * beta_quantile(1 - np.linspace(0, 1, num_inference_steps))
-        raise ValueError(f"sigma_spacing is {spacing!r}, accepted are {', '.join(get_args(SigmaSpacing))} and None")
+        return SIGMA_SPACINGS[spacing](low, high, num_inference_steps)
 
     def condition(self, prediction_type: str, timesteps: ArrayLike, alpha: FloatArray, sigma: FloatArray) -> FloatArray:
         """What a model is told at points with these, possibly fractional, timesteps.
 
-        "edm": ln(sigma / alpha) / 4 (Karras et al. 2022, table 1), a ValueError where alpha = 0. Other prediction types:
-        sigma * N on a flow schedule (as diffusers' flow matching), else the timestep itself.
+        "edm": ln(sigma / alpha) / 4 (Karras et al. 2022, table 1), a ValueError where alpha = 0. Other prediction
+        types: sigma * N on a flow schedule (as diffusers' flow matching), else the timestep itself.
         """
         if _check_prediction_type(prediction_type) == "edm":
             if not alpha.all():
@@ -363,27 +359,6 @@ def model_input_scale(
     if _check_prediction_type(prediction_type) == "edm":
         return 1 / np.hypot(sigma_data * alpha, sigma)
     return np.ones_like(sigma)
-
-
-def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) -> FloatArray:
-    """[n] falling from sigma_max to sigma_min (Karras et al. 2022, equation 5)."""
-    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (first + np.linspace(0, 1, n) * (last - first)) ** rho
-
-
-def beta_quantile(probability: ArrayLike, a: float = 0.6) -> FloatArray:
-    """Quantiles of the symmetric distribution Beta(a, a) for probabilities in [0, 1], absolute error about 1e-15."""
-    p = np.asarray(probability, dtype=np.float64)
-    tail = np.minimum(p, 1 - p)
-    # The cumulative distribution is x^a / B(a, a) * sum of c_k * x^k, whose terms fall like 2^-k in the lower half.
-    k = np.arange(64)
-    series = np.cumprod(np.append(1.0, (k[1:] - a) / k[1:])) / (a + k) * math.gamma(2 * a) / math.gamma(a) ** 2
-    low, high = np.zeros_like(tail), np.full_like(tail, 0.5)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = middle**a * np.polynomial.polynomial.polyval(middle, series) < tail
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(p <= 0.5, low, 1 - low)
 
 
 def _vp_tables(betas: FloatArray, alphas_cumprod: FloatArray) -> dict[str, FloatArray]:

@@ -1,0 +1,157 @@
+"""The walk of a solver: its points, and at each of them the model's conditioning and what its output says about x0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastdiff.schedule import FloatArray, NoiseSchedule, model_input_scale, prediction_target
+from fastdiff.table import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Points i = 0..n-1 at which the model is evaluated, from most to least noise, and the end i = n.
+
+    At point i a solver's state is alpha[i] * x0 + sigma[i] * eps. That is the process' own x, or for an exploding grid
+    x / alpha with alpha[i] = 1. (An exploding grid keeps x itself on a flow schedule, which is walked on its straight
+    path, and at a point with alpha = 0, where x / alpha does not exist: a step may change from one to the other.)
+    Every walk ends at alpha = 1, sigma = 0.
+
+    Attributes:
+        alpha, sigma: [n + 1].
+        t, c_in: [n] the model's conditioning, and the scale that makes the state its input.
+        x0_from, eps_from: [n, 2] coefficients of the state and of the model's output in x0 and in eps.
+        gradient_scale: [n] coefficient, in the model's output, of a classifier's gradient in the process' x.
+        guidance_scale: [n].
+        lim: x0 is clipped to [-lim, lim].
+        init_noise_sigma: factor of the unit noise that the walk starts from: 1 for a variance-preserving state
+            (x_T ~ N(0, I), Ho et al. 2020), else sigma[0].
+    """
+
+    alpha: FloatArray
+    sigma: FloatArray
+    t: FloatArray
+    c_in: FloatArray
+    x0_from: FloatArray
+    eps_from: FloatArray
+    gradient_scale: FloatArray
+    guidance_scale: FloatArray
+    lim: float
+    init_noise_sigma: float
+
+    @classmethod
+    def over(
+        cls,
+        schedule: NoiseSchedule,
+        timesteps: ArrayLike,
+        alpha: FloatArray,
+        sigma: FloatArray,
+        *,
+        prediction_type: str,
+        exploding: bool,
+        clip_sample: float | None,
+        guidance_scale: float | None,
+        guidance_interval: tuple[float, float] | None,
+    ) -> Grid:
+        """The grid over points alpha, sigma [n] of the process, at possibly fractional training timesteps [n]."""
+        index = np.asarray(timesteps, dtype=np.float64)
+        target_x0, target_eps = prediction_target(prediction_type, alpha, sigma, schedule.sigma_data)
+        determinant = alpha * target_eps - sigma * target_x0
+        if not determinant.all():
+            where = index[determinant == 0][0]
+            raise ValueError(
+                f"prediction_type={prediction_type!r} does not determine x0 at timestep {where:g}, where alpha = 0 "
+                "(zero signal-to-noise ratio): use a model with another prediction type, or a timestep_spacing such as "
+                "'leading' that leaves this timestep out"
+            )
+        # state = x / divisor
+        divisor = np.where(alpha > 0, alpha, 1.0) if exploding and schedule.kind != "flow" else np.ones_like(alpha)
+        eps_from_model = alpha / determinant
+        return cls(
+            alpha=np.append(alpha / divisor, 1.0),
+            sigma=np.append(sigma / divisor, 0.0),
+            t=schedule.condition(prediction_type, index, alpha, sigma),
+            c_in=model_input_scale(prediction_type, alpha, sigma, schedule.sigma_data) * divisor,
+            x0_from=np.stack([target_eps / determinant * divisor, -sigma / determinant], axis=1),
+            eps_from=np.stack([-target_x0 / determinant * divisor, eps_from_model], axis=1),
+            # eps - sigma * gradient (Dhariwal and Nichol 2021, algorithm 2); at alpha = 0 the gradient is zero.
+            gradient_scale=np.where(alpha > 0, -sigma / np.where(alpha > 0, eps_from_model, 1), 0),
+            guidance_scale=_guidance(guidance_scale, guidance_interval, index / schedule.num_train_timesteps),
+            lim=_clip_range(clip_sample),
+            init_noise_sigma=1.0 if schedule.kind == "vp" and not exploding else float(sigma[0] / divisor[0]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def log_snr(self) -> FloatArray:
+        """[n + 1] lambda = ln(alpha / sigma), -inf where alpha = 0 and inf at the end."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+    def row(self, i: int, **columns: Any) -> Row:
+        """A row that evaluates the model at point i, with the solver's own columns."""
+        px, pm = map(float, self.x0_from[i])
+        point = {
+            "t": float(self.t[i]),
+            "c_in": float(self.c_in[i]),
+            "px": px,
+            "pm": pm,
+            "lim": self.lim,
+            "g": float(self.guidance_scale[i]),
+            "mg": float(self.gradient_scale[i]),
+        }
+        return Row(**(point | columns))
+
+    def epsilon(self, i: int, *, clipped: bool = False) -> tuple[float, float, float]:
+        """eps at point i as coefficients of (state, x0, model output); clipped: consistent with the clipped x0."""
+        if clipped:
+            return 1 / float(self.sigma[i]), -float(self.alpha[i] / self.sigma[i]), 0.0
+        from_x, from_m = map(float, self.eps_from[i])
+        return from_x, 0.0, from_m
+
+    def posterior(self, i: int) -> tuple[float, float, float, float]:
+        """The Gaussian q(x_next | x, x0) from point i to i + 1 for any alpha and sigma.
+
+        With alpha_ts = alpha / alpha_next and the transition's variance beta = sigma² - alpha_ts² * sigma_next² (Kingma
+        et al. 2021, appendix A.2), mean and variance follow from Bayes' rule; a variance-preserving process gives
+        equations 6 and 7 of Ho et al. 2020.
+
+        Returns:
+            coefficient of x, coefficient of x0, variance, beta.
+        """
+        alpha_ts = self.alpha[i] / self.alpha[i + 1]
+        variance, variance_next = self.sigma[i] ** 2, self.sigma[i + 1] ** 2
+        beta = max(variance - alpha_ts**2 * variance_next, 0.0)
+        return (
+            float(alpha_ts * variance_next / variance),
+            float(self.alpha[i + 1] * beta / variance),
+            float(beta * variance_next / variance),
+            float(beta),
+        )
+
+
+def _clip_range(clip_sample: float | None) -> float:
+    if clip_sample is None:
+        return math.inf
+    if isinstance(clip_sample, bool) or not clip_sample > 0:
+        raise ValueError(f"clip_sample is {clip_sample!r}, a range above 0 such as 1.0 or None is needed")
+    return float(clip_sample)
+
+
+def _guidance(scale: float | None, interval: tuple[float, float] | None, fraction: FloatArray) -> FloatArray:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"guidance_scale is {scale}, a finite number is needed")
+    if interval is None:
+        return np.full_like(fraction, 1.0 if scale is None else scale)
+    if scale is None:
+        raise ValueError(f"guidance_interval={interval} needs a guidance_scale")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval is {interval}, two numbers 0 <= low <= high <= 1 are needed")
+    return np.where((fraction >= interval[0]) & (fraction <= interval[1]), scale, 1.0)
