@@ -1,4 +1,4 @@
-"""torch.compile that may fail: a machine without a C++ compiler, or a broken one, gets the eager result and one warning."""
+"""torch.compile that may fail: without a working C++ compiler, the eager result and one warning."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class CompiledOrEager:
-    """Calls torch.compile(function, dynamic=False); if the first call fails to compile, the function itself from then on.
+    """Calls torch.compile(function, dynamic=False) or, if its first call fails to compile, the function itself.
 
-    Static shapes, because Inductor plans channels-last layouts for them only; a new shape compiles anew. An error of the
-    function itself (a wrong argument, say) is raised as it is: it comes up in the eager call too.
+    Static shapes, because Inductor plans channels-last layouts for them only; a new shape compiles anew. An error of
+    the function itself (a wrong argument, say) is raised as it is: it comes up in the eager call too.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
@@ -34,11 +34,8 @@ class CompiledOrEager:
             except Exception as error:  # a compiler may raise anything
                 result = self._eager(*args, **kwargs)
                 self._compiled = None
-                lines = str(error).strip().splitlines()
-                warnings.warn(
-                    f"torch.compile failed, so the model runs uncompiled: {type(error).__name__}: {lines[0] if lines else ''}",
-                    stacklevel=2,
-                )
+                reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+                warnings.warn(f"torch.compile failed, so the model runs uncompiled: {reason}", stacklevel=2)
             else:
                 self._works = True
             return result

@@ -7,6 +7,7 @@ tensor the loop touches is on the device, the row number included, so a row is a
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from fastdiff.kernels.p_sample import FLOAT_COLUMNS, DeviceTable, p_sample_
 from fastdiff.kernels.philox import per_sample, sample_index
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import StepTable
+
+# tables of different strengths a sampler keeps
+MAX_TABLES = 8
 
 Callback = Callable[["Sampler", int, float, dict[str, Tensor]], "Mapping[str, Tensor] | None"]
 
@@ -56,8 +60,8 @@ class Sampler:
     """Draws samples from a diffusion model with any solver, on any device.
 
     Args:
-        model: called as model(x, t, **model_kwargs) with x [B, C, *spatial] and t [B], int64 if all the table's timesteps
-            are whole numbers and float32 otherwise; returns a tensor like x (or [B, 2C, *spatial] with learned variance)
+        model: called as model(x, t, **model_kwargs) with x [B, C, *spatial] and t [B], int64 if all the table's
+            timesteps are whole numbers, else float32; returns a tensor like x (or [B, 2C, *spatial], learned variance)
             or an object that holds it as `.sample`. It is never altered: put it in eval mode yourself.
         schedule: the noise schedule the model was trained with.
         solver: a name (`fastdiff.solvers.names()`) or a finished StepTable.
@@ -67,16 +71,16 @@ class Sampler:
         timestep_spacing: "trailing", "leading" or "linspace".
         sigma_spacing: None (follow the timesteps), "karras", "exponential" or "beta".
         clip_sample: clip the predicted x0 to [-clip_sample, clip_sample]; None does not clip.
-        dynamic_threshold: quantile in (0, 1) of |x0| a sample is clipped to and divided by (Saharia et al. 2022, Imagen).
-        guidance_scale: classifier-free guidance (Ho & Salimans 2022): m_u + guidance_scale * (m_c - m_u). None or 1: none.
+        dynamic_threshold: quantile in (0, 1) of |x0| that a sample is clipped to and divided by (Saharia et al. 2022).
+        guidance_scale: classifier-free guidance m_u + guidance_scale * (m_c - m_u) (Ho & Salimans 2022); None: none.
         guidance_interval: (start, end), the part of the walk that is guided (`fastdiff.solvers.build`).
         dtype: None runs the model in its own dtype, another one means autocast.
         device: where to sample; by default that of the noise, else of the model's first parameter, else of the first
             tensor in model_kwargs, else the CPU.
         compile: run the model through torch.compile with static shapes.
-        cuda_graph: replay each row as a captured CUDA graph: "auto" (on CUDA devices), True (an error elsewhere) or False.
+        cuda_graph: replay each row as a captured CUDA graph: "auto" (on CUDA devices), True (an error elsewhere), False.
 
-    A sampler keeps no state between calls (but for captured graphs, guarded by locks) and may be used from several threads.
+    A sampler keeps no state between calls but captured graphs, guarded by locks: several threads may use it.
 
     Raises:
         ValueError: naming the argument that is out of range or the combination that is impossible.
@@ -118,6 +122,7 @@ class Sampler:
                 raise ValueError(f"num_inference_steps is needed with solver {solver!r}")
             steps, options = num_inference_steps, dict(solver_options or {})
 
+            @functools.lru_cache(maxsize=MAX_TABLES)
             def build(strength: float) -> StepTable:
                 return solvers.build(
                     solver,
@@ -142,7 +147,7 @@ class Sampler:
         self.device = None if device is None else torch.empty(0, device=device).device
         self.cuda_graph = cuda_graph
         self._call_model = CompiledOrEager(model) if compile else model
-        self._device_tables: dict[Hashable, tuple[DeviceTable, Tensor]] = {}
+        self._device_tables = functools.lru_cache(maxsize=MAX_TABLES)(_to_device)
         self._graphs: GraphCache[Trajectory] = GraphCache()
         parameters = getattr(model, "parameters", None)
         first = next(iter(parameters()), None) if parameters else None
@@ -174,8 +179,8 @@ class Sampler:
         Args:
             shape: [B, C, *spatial] of the result.
             seed: int in [0, 2^63), or int64 [B].
-            sample_indices: int64 [B], the samples' numbers in the noise contract; 0..B-1 by default. A sample depends on
-                its own seed and number only, not on the batch it is drawn in.
+            sample_indices: int64 [B], the samples' numbers in the noise contract; 0..B-1 by default. A sample's noise
+                depends on its own seed and number, not on the batch it is drawn in.
             noise: unit-variance initial noise of the shape instead of the seed's; step noise still comes from the seed.
             model_kwargs: passed to the model. For guidance, tensors whose first axis is B are joined with those of the
                 same name in uncond_kwargs; everything else is passed once.
@@ -209,11 +214,16 @@ class Sampler:
         if (mask is None) != (known is None):
             raise ValueError("mask and known go together: one of them is missing")
 
+        if mask is not None and not (table.columns["k0"].any() or table.columns["kz"].any()):
+            raise ValueError("mask needs an in-painting table: the rows of this one have no k0 or kz")
+
         use_graph = device.type == "cuda" if self.cuda_graph == "auto" else self.cuda_graph
         if use_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}")
+        if math.prod(shape) == 0:
+            return empty(shape, torch.float32, device, channels_last=True)
         run = _Run(self, table, constants, device)
-        if not use_graph or math.prod(shape) == 0:
+        if not use_graph:
             trajectory = run.allocate(shape, inputs)
             run.start(trajectory)
             return self._loop(run, trajectory, run.steps(trajectory), callback_on_step_end, progress)
@@ -279,8 +289,21 @@ class Sampler:
         model_kwargs: Mapping[str, Any],
         uncond_kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """The tensors among model_kwargs as "cond.NAME" and, for a guided table, "guided.NAME" joined with uncond_kwargs."""
+        """Tensors of model_kwargs as "cond.NAME" and, for a guided table, joined with uncond_kwargs as "guided.NAME"."""
         batch = shape[0]
+        null_class = getattr(self.model, "null_class", None)
+        labels = model_kwargs.get("class_labels")
+        # labels on a GPU are not looked at: that would be a host synchronisation
+        if (
+            null_class is not None
+            and isinstance(labels, Tensor)
+            and labels.device.type == "cpu"
+            and labels.numel()
+            and not (int(labels.min()) >= 0 and int(labels.max()) <= null_class)
+        ):
+            raise ValueError(
+                f"class_labels must be in [0, {null_class}] ({null_class} is the null class), got {labels.tolist()}"
+            )
         inputs = {}
         for name, value in model_kwargs.items():
             if isinstance(value, Tensor):
@@ -289,8 +312,6 @@ class Sampler:
             if uncond_kwargs:
                 raise ValueError(f"uncond_kwargs {sorted(uncond_kwargs)} are given, but guidance_scale is not")
             return inputs
-        null_class = getattr(self.model, "null_class", None)
-        labels = model_kwargs.get("class_labels")
         if null_class is not None and isinstance(labels, Tensor) and "class_labels" not in uncond_kwargs:
             uncond_kwargs["class_labels"] = torch.full_like(labels, null_class)
         if not uncond_kwargs:
@@ -315,19 +336,6 @@ class Sampler:
             inputs[f"guided.{name}"] = value
         return inputs
 
-    def _device_table(self, table: StepTable, device: torch.device) -> tuple[DeviceTable, Tensor]:
-        """The packed rows and the model's timesteps on the device; the sampler's own table is moved there once."""
-        key = (id(table), device)
-        if key not in self._device_tables:
-            timesteps = torch.from_numpy(table.timesteps)
-            if timesteps.is_floating_point():
-                timesteps = timesteps.float()
-            packed = table.to(device), timesteps.to(device)
-            if table is not self.table:
-                return packed
-            self._device_tables[key] = packed
-        return self._device_tables[key]
-
     def _graph_key(
         self,
         table: StepTable,
@@ -340,7 +348,7 @@ class Sampler:
         parameters = getattr(self.model, "parameters", None)
         weights = tuple(parameter.data_ptr() for parameter in parameters()) if parameters else ()
         return (
-            id(table),
+            table,
             shape,
             device,
             tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(inputs.items())),
@@ -363,7 +371,7 @@ class _Run:
         self.table = table
         self.constants = constants
         self.device = device
-        self.device_table, self.timesteps = sampler._device_table(table, device)
+        self.device_table, self.timesteps = sampler._device_tables(table, device)
         guidance = table.columns["g"]
         self.kinds = [RowKind(bool(ev), bool(ev and g != 1)) for ev, g in zip(table.ev, guidance)]
         # a row whose model input is its state needs no second copy of it
@@ -385,7 +393,7 @@ class _Run:
         return Trajectory(x, model_input, history, torch.zeros(shape[0], dtype=torch.int32, device=self.device), inputs)
 
     def start(self, trajectory: Trajectory) -> None:
-        """The state before the first row: the initial noise, scaled, on top of the scaled init_image if there is one."""
+        """The state before the first row: the scaled initial noise, on top of the scaled init_image if there is one."""
         x, inputs = trajectory.x, trajectory.inputs
         noise = inputs.get("noise")
         if noise is None:
@@ -474,6 +482,14 @@ class _Run:
         return torch.quantile(x0, quantile, dim=1).clamp(min=1.0)
 
 
+def _to_device(table: StepTable, device: torch.device) -> tuple[DeviceTable, Tensor]:
+    """The packed rows and the timesteps the model is given, int64 or float32, on the device."""
+    timesteps = torch.from_numpy(table.timesteps)
+    if timesteps.is_floating_point():
+        timesteps = timesteps.float()
+    return table.to(device), timesteps.to(device)
+
+
 def _like(value: Tensor, shape: tuple[int, ...], device: torch.device, name: str, *, exact: bool) -> Tensor:
     """`value` as float32 of the shape on the device; a mask may broadcast to it."""
     if value.device != device:
@@ -483,7 +499,6 @@ def _like(value: Tensor, shape: tuple[int, ...], device: torch.device, name: str
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(
-            f"{name} must have shape {list(shape)}{'' if exact else ' or broadcast to it'}, got {list(value.shape)}"
-        )
+        accepted = f"{list(shape)}{'' if exact else ' or one that broadcasts to it'}"
+        raise ValueError(f"{name} must have shape {accepted}, got {list(value.shape)}")
     return value.to(torch.float32).expand(shape)

@@ -93,7 +93,7 @@ def _allocate_slots(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     return h, np.array(written, dtype=np.int32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepTable:
     """A solver's whole walk, one row a pass of the kernel; made by `from_rows`, executed by `fastdiff.Sampler`.
 
@@ -138,8 +138,8 @@ class StepTable:
         count: dict[str, int] = {}
         draw = []
         for row in rows:
-            draw.append(count.setdefault(row.stream, 0) if row.draws else -1)
-            count[row.stream] += row.draws
+            draw.append(count.get(row.stream, 0) if row.draws else -1)
+            count[row.stream] = count.get(row.stream, 0) + row.draws
         return cls(
             columns=columns,
             h=h,

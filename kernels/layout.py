@@ -1,8 +1,9 @@
 """How a launch walks its tensors: the canonical element order, merged strides, and the two ways through memory.
 
-All tensors are [B, C, *spatial] with up to three spatial axes ([B, C] and [B] count as having none). The canonical order
-of a sample's elements is channels-last, e = p * C + c with p over the spatial axes in order; the counter of the noise is
-this e, whatever the memory format. Spatial axes are merged into (outer, inner), which covers every layout of images.
+All tensors are [B, C, *spatial] with up to three spatial axes ([B, C] and [B] count as having none). The canonical
+order of a sample's elements is channels-last, e = p * C + c with p over the spatial axes in order; the counter of the
+noise is this e, whatever the memory format. Spatial axes are merged into (outer, inner), which covers every layout of
+images.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,8 @@ def sample_extent(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
         positions *= size
     if channels * positions > MAX_ELEMENTS:
         raise ValueError(
-            f"a sample of shape {tuple(shape[1:])} has {channels * positions} elements, at most {MAX_ELEMENTS} are accepted"
+            f"a sample of shape {tuple(shape[1:])} has {channels * positions} elements, "
+            f"at most {MAX_ELEMENTS} are accepted"
         )
     return batch, channels, positions
 
