@@ -25,7 +25,7 @@ def normal(
         shape: [B], [B, C] or [B, C, *spatial].
         seed: int in [0, 2^63), or int64 [B] with one seed a sample.
         sample_indices: int64 [B], values in [0, 2^32); 0..B-1 by default.
-        stream: what the noise is for: "initial", "step", "train", "timestep", "augment", "label_dropout", "order", "dropout".
+        stream: what the noise is for, a key of `fastdiff.kernels.philox.STREAMS`.
         draw: int or int64 [B] in [0, 2^32): how many draws of this stream the sample has made before.
         device: where to make it; by default that of a tensor argument, else the CPU.
         memory_format: torch.channels_last (the default; for any number of spatial axes) or torch.contiguous_format.

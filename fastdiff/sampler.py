@@ -78,7 +78,7 @@ class Sampler:
         device: where to sample; by default that of the noise, else of the model's first parameter, else of the first
             tensor in model_kwargs, else the CPU.
         compile: run the model through torch.compile with static shapes.
-        cuda_graph: replay each row as a captured CUDA graph: "auto" (on CUDA devices), True (an error elsewhere), False.
+        cuda_graph: replay each row as a captured CUDA graph: "auto" (on CUDA), True (an error elsewhere) or False.
 
     A sampler keeps no state between calls but captured graphs, guarded by locks: several threads may use it.
 
@@ -289,7 +289,7 @@ class Sampler:
         model_kwargs: Mapping[str, Any],
         uncond_kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """Tensors of model_kwargs as "cond.NAME" and, for a guided table, joined with uncond_kwargs as "guided.NAME"."""
+        """model_kwargs' tensors as "cond.NAME" and, for a guided table, joined with uncond_kwargs as "guided.NAME"."""
         batch = shape[0]
         null_class = getattr(self.model, "null_class", None)
         labels = model_kwargs.get("class_labels")
