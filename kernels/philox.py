@@ -1,8 +1,8 @@
 """Counter-based normals that are bit-equal on every backend: Philox4x32-10 and a Box-Muller of + - * and sqrt.
 
 A value depends on (seed, sample index, stream, draw, element) only: key = the two words of the seed, counter =
-(element // 4, draw, sample index, stream), word = element % 4. Words 0 and 1 make the normals of elements 4g and 4g + 1,
-words 2 and 3 those of 4g + 2 and 4g + 3.
+(element // 4, draw, sample index, stream), word = element % 4. Words 0 and 1 make the normals of elements 4g and
+4g + 1, words 2 and 3 those of 4g + 2 and 4g + 3.
 
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The logarithm is the polynomial of the
 Cephes library's logf; no operation but + - * and correctly rounded sqrt is used, and none is contracted, so IEEE 754
@@ -10,10 +10,9 @@ fixes every bit.
 """
 
 import torch
-from torch import Tensor
-
 from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
 from fastdiff.kernels.layout import empty, is_channels_last, merge_strides, sample_extent
+from torch import Tensor
 
 STREAMS = {
     "initial": 0,
@@ -282,7 +281,7 @@ def noise_counters(
     batch: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """(seed, sample_indices, draw), int64 [batch] each, of a kernel that takes either noise or seed; all None for noise.
+    """(seed, sample_indices, draw), int64 [batch] each, of a kernel that takes noise or seed; all None for noise.
 
     Raises:
         ValueError: not exactly one of noise and seed, or a value that `per_sample` refuses.
