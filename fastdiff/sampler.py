@@ -400,9 +400,11 @@ class _Run:
             noise = noise_contract.normal(
                 tuple(x.shape), seed=inputs["seed"], sample_indices=inputs["sample_indices"], stream="initial"
             )
-        torch.mul(noise, self.table.init_noise_sigma, out=x)
         if "init_image" in inputs:
-            x.add_(inputs["init_image"], alpha=self.table.init_image_scale)
+            alpha, sigma = self.table.start
+            torch.mul(noise, sigma, out=x).add_(inputs["init_image"], alpha=alpha)
+        else:
+            torch.mul(noise, self.table.init_noise_sigma, out=x)
         trajectory.row.zero_()
         self.write_model_input(trajectory, 0)
 

@@ -104,8 +104,8 @@ class StepTable:
         draw: int32 [R] 0, 1, 2, ... over the rows of each stream that consume noise, -1 for none.
         stream: int32 [R] the noise stream (`fastdiff.kernels.philox.STREAMS`).
         ev: bool [R] the row evaluates the model.
-        init_noise_sigma, init_image_scale: the walk starts at init_noise_sigma * unit noise, for img2img on top of
-            init_image_scale * image.
+        init_noise_sigma: a walk from pure noise starts at init_noise_sigma * unit noise.
+        start: (alpha, sigma) of the first point: a walk from an image starts at alpha * image + sigma * unit noise.
     """
 
     columns: dict[str, np.ndarray]
@@ -115,11 +115,11 @@ class StepTable:
     stream: np.ndarray
     ev: np.ndarray
     init_noise_sigma: float = 1.0
-    init_image_scale: float = 1.0
+    start: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def from_rows(
-        cls, rows: Iterable[Row], *, init_noise_sigma: float = 1.0, init_image_scale: float = 1.0
+        cls, rows: Iterable[Row], *, init_noise_sigma: float = 1.0, start: tuple[float, float] = (0.0, 1.0)
     ) -> "StepTable":
         """Pack rows: assign history slots and number the draws.
 
@@ -148,7 +148,7 @@ class StepTable:
             stream=np.array([STREAMS[row.stream] for row in rows], dtype=np.int32),
             ev=np.array([row.ev for row in rows]),
             init_noise_sigma=float(init_noise_sigma),
-            init_image_scale=float(init_image_scale),
+            start=start,
         )
 
     def __len__(self) -> int:
