@@ -26,6 +26,7 @@ from fastdiff.data import BatchOrder, Dataset, EmptySplitError, load_dataset, ra
 from fastdiff.ema import EMA
 from fastdiff.images import image_grid, save_png, to_uint8
 from fastdiff.loss import DiffusionLoss
+from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train_config import TrainConfig
 from fastdiff.train_log import TrainLog
@@ -300,8 +301,6 @@ class _Interruption:
 
 def _draw_samples(model: UNet, schedule: NoiseSchedule, config: TrainConfig, dataset: Dataset, path: Path) -> None:
     """Four rows of samples with the averaged weights, the classes side by side; the same noise every time."""
-    from fastdiff.sampler import Sampler
-
     num_classes = model.config.num_classes
     columns = min(num_classes or 8, 10)
     kwargs = {}

@@ -53,7 +53,7 @@ class TrainConfig:
     """Noise schedule."""
     num_train_timesteps: int = 1000
     """Number of noise levels of the schedule."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"] = "epsilon"
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"] = "v_prediction"
     """What the model predicts: the noise, the image, the velocity, the flow, or EDM's preconditioned mix."""
     weighting: Literal["uniform", "min_snr"] = "uniform"
     """Loss weight of each noise level: 1, or min-SNR (Hang et al. 2023)."""
