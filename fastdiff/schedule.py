@@ -211,12 +211,13 @@ class NoiseSchedule:
             return self.sigma / self.alpha
 
     def from_noise_level(self, noise_level: ArrayLike) -> tuple[FloatArray, FloatArray]:
-        """(alpha, sigma) of this kind of process at any noise level; the inverse of `noise_level`."""
+        """(alpha, sigma) of this kind of process at any noise level above 0; the inverse of `noise_level`."""
         level = np.asarray(noise_level, dtype=np.float64)
         if self.kind == "flow":
             return 1 - level, level
-        alpha = 1 / np.sqrt(1 + level**2) if self.kind == "vp" else np.ones_like(level)
-        return alpha, level * alpha
+        if self.kind == "edm":
+            return np.ones_like(level), level
+        return 1 / np.hypot(1, level), 1 / np.hypot(1, 1 / level)
 
     def at(self, timesteps: ArrayLike) -> tuple[FloatArray, FloatArray]:
         """(alpha, sigma) at timesteps in [0, N - 1]; between two of them the noise level is interpolated linearly."""
