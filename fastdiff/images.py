@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ def image_grid(images: Tensor, columns: int, *, padding: int = 1) -> Tensor:
     return grid
 
 
-def save_png(picture: Tensor, path: str | Path, *, scale: int = 1) -> None:
-    """Write uint8 [C, H, W] with 1 or 3 channels to `path`, every pixel as a square of `scale` pixels."""
+def save_png(picture: Tensor, file: str | Path | IO[bytes], *, scale: int = 1) -> None:
+    """Write uint8 [C, H, W] with 1 or 3 channels to `file`, every pixel as a square of `scale` pixels."""
     from PIL import Image
 
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] not in (1, 3):
         raise ValueError(f"picture must be uint8 [1 or 3, H, W], got {picture.dtype} {list(picture.shape)}")
     pixels = picture.cpu().repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(array).save(path)
+    Image.fromarray(array).save(file, format="PNG")

@@ -1,0 +1,194 @@
+"""The command line: parsing and calls. What a command needs is imported when it runs, so that help and errors are quick."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+import tyro
+
+from fastdiff.sample_config import SampleConfig
+from fastdiff.train_config import TrainConfig
+
+# Exit statuses; 2 is also what the parser uses.
+FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 128 + signal.SIGINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SampleConfig):
+    """Draw samples and save them as a picture."""
+
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainConfig):
+    """Train a U-Net. The defaults make the packaged digits model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compare every kernel and every reference with float64 formulas, on this machine."""
+
+    only: str | None = None
+    """Run only the cases whose name holds this text."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env:
+    """Print versions and hardware, for a bug report."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+Command = Sample | Train | Verify | Env
+Parser = (
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Env, tyro.conf.subcommand("env")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for bad arguments, 130 after Ctrl-C, otherwise 1.
+
+    arguments: without the program's name; None takes those of the process. An error is one sentence on stderr; with
+    FASTDIFF_TRACEBACK=1 it is raised, to see where it comes from.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words and words[0] in ("sample", "train", "verify", "env") else ""
+    try:
+        command = _parse(words)
+        return _run(command)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("FASTDIFF_TRACEBACK") == "1":
+            raise
+        return _report(name, error)
+
+
+def _parse(words: list[str]) -> Command:
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(Parser, args=words, prog="fastdiff", config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_first_paragraph(captured.getvalue())) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """The sentence in the parser's framed message: what is between its title and the first rule."""
+    lines = [line.strip(" │|") for line in box.splitlines()[1:]]
+    sentence: list[str] = []
+    for line in lines:
+        if line.startswith(("─", "╰", "-----")):
+            break
+        sentence.append(line)
+    # a dataclass that refuses its values is reported under the name of its class
+    message = re.sub(r"^(Error parsing|Sample:|Train:) ", "", " ".join(sentence))
+    return message.rstrip(".") or "the arguments could not be read"
+
+
+def _run(command: Command) -> int:
+    if isinstance(command, Sample):
+        return _sample(command)
+    if isinstance(command, Train):
+        return _train(command)
+    if isinstance(command, Verify):
+        return _verify(command)
+    return _env(command)
+
+
+def _sample(command: Sample) -> int:
+    from fastdiff.generate import generate
+
+    config = SampleConfig(**{field.name: getattr(command, field.name) for field in fields(SampleConfig)})
+    drawn = generate(config, progress=sys.stderr.isatty() and not command.json)
+    if command.json:
+        _print_json(
+            images=len(drawn.images),
+            shape=list(drawn.images.shape),
+            labels=None if drawn.labels is None else drawn.labels.tolist(),
+            seconds=drawn.seconds,
+            images_per_second=drawn.images_per_second,
+            solver=config.solver,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=drawn.guidance_scale,
+            seed=config.seed,
+            device=drawn.device,
+            dtype=config.dtype,
+            checkpoint=str(drawn.checkpoint),
+            files=[str(path) for path in drawn.files],
+        )
+    else:
+        print(
+            f"{len(drawn.images)} samples in {drawn.seconds:.2f} s, {drawn.images_per_second:.1f} images/s "
+            f"({config.solver}, {config.num_inference_steps} steps, {drawn.device}): {', '.join(map(str, drawn.files))}"
+        )
+    return 0
+
+
+def _train(command: Train) -> int:
+    from fastdiff.train import train
+
+    print(f"checkpoints, log.jsonl, loss.png and samples go to {command.output}")
+    result = train(TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)}))
+    if not result.completed:
+        return INTERRUPTED
+    loss = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
+    print(f"{result.step} steps{loss}: {result.checkpoint}")
+    print(f"sample from it with: fastdiff sample --checkpoint {result.checkpoint}")
+    return 0
+
+
+def _verify(command: Verify) -> int:
+    from fastdiff import verify
+
+    report = verify.verify(only=command.only)
+    if command.json:
+        _print_json(**report.to_dict())
+    else:
+        print(report.describe())
+    return 0 if report.ok else FAILED
+
+
+def _env(command: Env) -> int:
+    from fastdiff.environment import describe, environment
+
+    report = environment()
+    if command.json:
+        _print_json(**report)
+    else:
+        print(describe(report))
+    return 0
+
+
+def _print_json(**values: Any) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _report(name: str, error: Exception) -> int:
+    """One sentence on stderr, and the exit status of the error."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    bad_argument = isinstance(error, (ValueError, TypeError)) and type(error).__name__ != "CheckpointError"
+    expected = bad_argument or isinstance(error, (OSError, ImportError, RuntimeError, ArithmeticError, ValueError))
+    if not expected:
+        message = f"{type(error).__name__}: {message} (FASTDIFF_TRACEBACK=1 shows where)"
+    print(f"{' '.join(['fastdiff', name]).strip()}: error: {message}", file=sys.stderr)
+    return BAD_ARGUMENT if bad_argument else FAILED

@@ -1,0 +1,219 @@
+"""Draw samples from a checkpoint and write them as a picture and as an array: what `fastdiff sample` does."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoint import CONFIG, Checkpoint, CheckpointError, latest_checkpoint, load_model
+from fastdiff.images import image_grid, save_png, to_uint8
+from fastdiff.sample_config import SampleConfig
+from fastdiff.sampler import Sampler
+
+DEFAULT_GUIDANCE_SCALE = 1.5
+# Samples smaller than this are enlarged in the picture.
+READABLE_PIXELS = 64
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Generated:
+    """What was drawn, and how long it took.
+
+    images: float32 [N, C, H, W] in [-1, 1], on the CPU. labels: int64 [N], None for a model without classes.
+    seconds: of sampling, without loading and writing (with compile, including compilation).
+    files: what was written.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    seconds: float
+    checkpoint: Path
+    guidance_scale: float | None
+    device: str
+    files: tuple[Path, ...]
+
+    @property
+    def images_per_second(self) -> float:
+        """Samples by the time that sampling took."""
+        return len(self.images) / self.seconds
+
+
+def generate(config: SampleConfig, *, progress: bool = False) -> Generated:
+    """Draw config.num samples and write them; each file is replaced as a whole, or left as it was.
+
+    Everything that can be wrong with the options is found before the first step. Raises ValueError naming the option,
+    CheckpointError for a checkpoint that is missing or damaged, OSError where a file cannot be written, and
+    FloatingPointError for samples that are not finite.
+    """
+    device = resolve_device(config.device)
+    directory = find_checkpoint(config.checkpoint)
+    loaded = load_model(directory, device=device)
+    labels = _labels(config, loaded)
+    guidance_scale = _guidance_scale(config, loaded)
+    model_config = loaded.model.config
+    if config.out is not None and model_config.in_channels not in (1, 3):
+        raise ValueError(
+            f"out must be None for samples of {model_config.in_channels} channels, a PNG has 1 or 3: use save_npy"
+        )
+    sampler = Sampler(
+        loaded.model,
+        loaded.schedule,
+        solver=config.solver,
+        num_inference_steps=config.num_inference_steps,
+        prediction_type=loaded.prediction_type,
+        guidance_scale=guidance_scale,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        compile=config.compile,
+    )
+    shape = (model_config.in_channels, model_config.sample_size, model_config.sample_size)
+    with contextlib.ExitStack() as outputs:
+        # Opened before sampling: a place that cannot be written to is not found out at the end.
+        png = outputs.enter_context(_replacing(config.out)) if config.out else None
+        npy = outputs.enter_context(_replacing(config.save_npy)) if config.save_npy else None
+        started = time.perf_counter()
+        images = _sample(sampler, shape, config, labels, device, progress=progress)
+        seconds = time.perf_counter() - started
+        if not images.isfinite().all():
+            raise FloatingPointError(f"the samples of {directory} with {config.solver} are not finite")
+        images = images.clamp(-1, 1)
+        if png is not None:
+            scale = config.scale or max(1, READABLE_PIXELS // max(shape[1:]))
+            save_png(image_grid(to_uint8(images), _columns(config, loaded)), png, scale=scale)
+        if npy is not None:
+            np.save(npy, images.numpy())
+    return Generated(
+        images=images,
+        labels=labels,
+        seconds=seconds,
+        checkpoint=directory,
+        guidance_scale=guidance_scale,
+        device=str(device),
+        files=tuple(path for path in (config.out, config.save_npy) if path is not None),
+    )
+
+
+def packaged_model() -> Path:
+    """The checkpoint of class-conditional digits that comes with the package; CheckpointError if it is not there."""
+    directory = Path(str(importlib.resources.files("fastdiff"))) / "models" / "digits"
+    if not directory.is_dir():
+        raise CheckpointError(f"the packaged model {directory} is missing from this installation: name a checkpoint")
+    return directory
+
+
+def find_checkpoint(path: str | Path | None) -> Path:
+    """The checkpoint at `path`, the newest one of a training run there, or for None the packaged model."""
+    if path is None:
+        return packaged_model()
+    path = Path(path)
+    if (path / CONFIG).exists():
+        return path
+    return latest_checkpoint(path) or path
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name, for "auto" the GPU where there is one; ValueError if it does not exist here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of this machine's {torch.cuda.device_count()} GPUs or cpu, got {name!r}")
+    return device
+
+
+def _labels(config: SampleConfig, loaded: Checkpoint) -> Tensor | None:
+    num_classes = loaded.model.config.num_classes
+    if num_classes is None:
+        if config.class_labels is not None:
+            raise ValueError(f"class_labels must be None for a model without classes, got {list(config.class_labels)}")
+        return None
+    classes = config.class_labels or range(num_classes)
+    if outside := [label for label in classes if not 0 <= label < num_classes]:
+        raise ValueError(f"class_labels must be in [0, {num_classes - 1}], got {outside[0]}")
+    return torch.tensor(classes)[torch.arange(config.num) % len(classes)]
+
+
+def _guidance_scale(config: SampleConfig, loaded: Checkpoint) -> float | None:
+    """What the sampler gets; None where there is nothing to guide."""
+    # The null class of a model that never lost a label in training means nothing.
+    has_null_class = loaded.model.null_class is not None and loaded.config.get("label_dropout") != 0
+    scale = config.guidance_scale
+    if scale is None:
+        scale = DEFAULT_GUIDANCE_SCALE if has_null_class else 1.0
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {scale}")
+    if scale != 1 and not has_null_class:
+        raise ValueError(f"guidance_scale must be 1 for a model without a null class, got {scale}")
+    return None if scale == 1 else scale
+
+
+def _columns(config: SampleConfig, loaded: Checkpoint) -> int:
+    """Near a square, and whole cycles of the classes in a row where these are few."""
+    side = math.ceil(math.sqrt(config.num))
+    cycle = len(config.class_labels or ()) or loaded.model.config.num_classes or 1
+    return min(config.num, -(-side // cycle) * cycle if cycle <= 2 * side else side)
+
+
+def _sample(
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    config: SampleConfig,
+    labels: Tensor | None,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> Tensor:
+    parts = []
+    for first in range(0, config.num, config.batch_size):
+        indices = torch.arange(first, min(first + config.batch_size, config.num))
+        kwargs = {} if labels is None else {"class_labels": labels[indices].to(device)}
+        parts.append(
+            sampler.sample(
+                (len(indices), *shape),
+                seed=config.seed,
+                sample_indices=indices.to(device),
+                model_kwargs=kwargs,
+                progress=progress,
+            )
+        )
+    return torch.cat(parts).cpu().contiguous()
+
+
+@contextlib.contextmanager
+def _replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes if it does not."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            # mkstemp keeps the file to its owner; a picture gets the usual permissions
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
