@@ -217,13 +217,10 @@ class Sampler:
         if mask is not None and not (table.columns["k0"].any() or table.columns["kz"].any()):
             raise ValueError("mask needs an in-painting table: the rows of this one have no k0 or kz")
 
-        use_graph = device.type == "cuda" if self.cuda_graph == "auto" else self.cuda_graph
-        if use_graph and device.type != "cuda":
-            raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}")
         if math.prod(shape) == 0:
             return empty(shape, torch.float32, device, channels_last=True)
         run = _Run(self, table, constants, device)
-        if not use_graph:
+        if not self._captures(device):
             trajectory = run.allocate(shape, inputs)
             run.start(trajectory)
             return self._loop(run, trajectory, run.steps(trajectory), callback_on_step_end, progress)
@@ -259,6 +256,13 @@ class Sampler:
                     trajectory.x.copy_(latents)
                     run.write_model_input(trajectory, i + 1)
         return trajectory.x
+
+    def _captures(self, device: torch.device) -> bool:
+        if self.cuda_graph == "auto":
+            return device.type == "cuda"
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}")
+        return bool(self.cuda_graph)
 
     def _device(self, noise: Tensor | None, model_kwargs: Mapping[str, Any]) -> torch.device:
         if self.device is not None:

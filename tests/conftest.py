@@ -1,6 +1,7 @@
 """Without a GPU the kernel tests run the real kernels in Triton's interpreter; all other tests run the references."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,10 @@ def _references_outside_kernel_tests(request, monkeypatch):
 def device() -> torch.device:
     """The device the tests run on: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def needs_cxx() -> None:
+    """Skips, by name, a test that compiles for the CPU where there is no C++ compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        pytest.skip("needs a C++ compiler: torch.compile builds CPU kernels with it")
