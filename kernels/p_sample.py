@@ -251,8 +251,6 @@ def _p_sample_op(
     model_input_out: Tensor | None,
     x0_out: Tensor | None,
 ) -> None:
-    if x.numel() == 0:
-        return
     batch, channels, positions = sample_extent(x.shape)
     n_elements = channels * positions
     n_blocks = triton.cdiv(n_elements, BLOCK_SIZE)
@@ -572,6 +570,8 @@ def p_sample_(
     check_no_grad(x=x, model_output=model_output, model_output_uncond=model_output_uncond, history=history)
     check_no_grad(**inputs, **scales, **outputs)
     _check(x, model_output, table, row, model_output_uncond, history, inputs, scales, outputs)
+    if x.numel() == 0:
+        return
     if seed is not None:
         seed = per_sample(seed, x.shape[0], x.device, "seed")
         sample_indices = sample_index(sample_indices, x.shape[0], x.device)
