@@ -207,15 +207,18 @@ def _check_resume(
 
 
 def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be cpu, because this machine has no usable GPU, got {config.device!r}")
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if has_bfloat16 else torch.float32
-    return device, getattr(torch, config.dtype)
+    """Where the run computes, and what the model is autocast to (float32: not at all)."""
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if has_gpu else "cpu") if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {config.device!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device must be on this machine, which has {count} usable GPUs, got {config.device!r}")
+    if config.dtype != "auto":
+        return device, getattr(torch, config.dtype)
+    return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _load_data(config: TrainConfig, device: torch.device) -> tuple[Dataset, Dataset | None]:
