@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.dispatch import tl, triton
+
 MAX_ELEMENTS = 2**31 - 1  # per sample: offsets within a sample are int32, bases are int64
+
+
+@triton.jit
+def element_offset(c, p, inner, stride_c, stride_o, stride_i):
+    """Offset within a sample, int64: a view may reach further than `MAX_ELEMENTS`."""
+    outer = (p // inner).to(tl.int64) * stride_o
+    return c.to(tl.int64) * stride_c + outer + (p % inner).to(tl.int64) * stride_i
 
 
 class Extent(NamedTuple):
@@ -46,6 +55,11 @@ def is_channels_last(x: Tensor) -> bool:
                 return False
             expected *= x.shape[axis]
     return True
+
+
+def in_lane_order(x: Tensor, channels_last: bool) -> bool:
+    """True if every sample lies densely in the order of the lanes: canonical, or the order of its axes."""
+    return is_channels_last(x) if channels_last else x.select(0, 0).is_contiguous()
 
 
 def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:

@@ -3,45 +3,182 @@
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.layout import is_channels_last
-from fastdiff.kernels.philox import STREAMS, noise_counters, normal_ref
+from fastdiff.kernels.checks import FLOAT_DTYPES, check_tensor
+from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
+from fastdiff.kernels.layout import element_offset, empty, in_lane_order, is_channels_last, merge_strides
+from fastdiff.kernels.philox import (
+    BLOCK_SIZE,
+    NUM_WARPS,
+    STREAMS,
+    noise_counters,
+    noise_key,
+    normal_at,
+    normal_block,
+    normal_ref,
+)
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+@triton.jit
+def load_pixels(ptr, offset, mask):
+    """x_start in float32; uint8 pixels become u * (2 / 255) - 1."""
+    x = tl.load(ptr + offset, mask=mask, other=0).to(tl.float32)
+    if ptr.dtype.element_ty == tl.uint8:
+        x = x * (2 / 255) - 1.0
+    return x
 
 
-def check_training_inputs(x_start: Tensor, t: Tensor, schedule_table: Tensor, columns: int) -> None:
+@triton.jit
+def load_coefficient(table_ptr, t, num_train_timesteps, stride_t, stride_column, COLUMN: tl.constexpr):
+    """schedule_table[t, COLUMN], or NaN where t is outside [0, T)."""
+    inside = (t >= 0) & (t < num_train_timesteps)
+    return tl.load(table_ptr + t * stride_t + COLUMN * stride_column, mask=inside, other=float("nan"))
+
+
+@triton.jit
+def _q_sample_kernel(
+    x_ptr,
+    noise_ptr,
+    out_ptr,
+    t_ptr,
+    table_ptr,
+    seed_ptr,
+    sample_ptr,
+    draw_ptr,
+    num_train_timesteps,
+    stride_t,
+    stride_column,
+    n_elements,
+    n_blocks,
+    channels,
+    positions,
+    inner,
+    stride_ob,
+    stride_xb,
+    stride_xc,
+    stride_xo,
+    stride_xi,
+    stride_nb,
+    stride_nc,
+    stride_no,
+    stride_ni,
+    STREAM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    INPUTS_DENSE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    b = (tl.program_id(0) // n_blocks).to(tl.int64)
+    block = tl.program_id(0) % n_blocks
+    t = tl.load(t_ptr + b).to(tl.int64)
+    input_x0 = load_coefficient(table_ptr, t, num_train_timesteps, stride_t, stride_column, 0)
+    input_eps = load_coefficient(table_ptr, t, num_train_timesteps, stride_t, stride_column, 1)
+
+    i = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    keep = i < n_elements
+    # narrow and wide tensors side by side: four neighbours a thread for both
+    i = tl.max_contiguous(tl.multiple_of(i, 4), 4)
+    if CHANNELS_LAST:
+        c, p = i % channels, i // channels
+    else:
+        c, p = i // positions, i % positions
+    x_offset = i if INPUTS_DENSE else element_offset(c, p, inner, stride_xc, stride_xo, stride_xi)
+    x = load_pixels(x_ptr + b * stride_xb, x_offset, keep)
+    if noise_ptr is not None:
+        noise_offset = i if INPUTS_DENSE else element_offset(c, p, inner, stride_nc, stride_no, stride_ni)
+        noise = tl.load(noise_ptr + b * stride_nb + noise_offset, mask=keep, other=0.0).to(tl.float32)
+    else:
+        seed, sample, draw = noise_key(seed_ptr, sample_ptr, draw_ptr, b)
+        if CHANNELS_LAST:
+            noise = normal_block(block * (BLOCK_SIZE // 4), seed, sample, STREAM, draw, BLOCK_SIZE)
+        else:
+            noise = normal_at(p * channels + c, seed, sample, STREAM, draw)
+    x_t = input_x0 * x + input_eps * noise
+    tl.store(out_ptr + b * stride_ob + i, x_t.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@torch.library.custom_op("fastdiff::q_sample", mutates_args=())
+def _q_sample_op(
+    x_start: Tensor,
+    t: Tensor,
+    schedule_table: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_indices: Tensor | None,
+    draw: Tensor | None,
+    out_dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    out = empty(x_start.shape, out_dtype, x_start.device, channels_last)
+    if out.numel() == 0:
+        return out
+    inputs = [x_start] if noise is None else [x_start, noise]
+    extent, strides = merge_strides(*inputs)
+    n_elements = extent.channels * extent.positions
+    n_blocks = triton.cdiv(n_elements, BLOCK_SIZE)
+    with device_guard(out):
+        _q_sample_kernel[(x_start.shape[0] * n_blocks,)](
+            x_start,
+            noise,
+            out,
+            t.contiguous(),
+            schedule_table,
+            seed,
+            sample_indices,
+            draw,
+            schedule_table.shape[0],
+            *schedule_table.stride(),
+            n_elements,
+            n_blocks,
+            *extent,
+            out.stride(0),
+            *strides[0],
+            *strides[-1],
+            STREAM=STREAMS["train"],
+            CHANNELS_LAST=channels_last,
+            INPUTS_DENSE=all(in_lane_order(tensor, channels_last) for tensor in inputs),
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+            **LAUNCH_OPTIONS,
+        )
+    return out
+
+
+@_q_sample_op.register_fake
+def _(x_start, t, schedule_table, noise, seed, sample_indices, draw, out_dtype, channels_last):
+    return empty(x_start.shape, out_dtype, x_start.device, channels_last)
+
+
+def _q_sample_setup_context(ctx, inputs, output):
+    x_start, t, schedule_table, noise, *_ = inputs
+    ctx.save_for_backward(t, schedule_table)
+    ctx.dtypes = (x_start.dtype, None if noise is None else noise.dtype)
+
+
+def _q_sample_backward(ctx, grad):
+    t, schedule_table = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 9
+    for argument, column, dtype in ((0, 0, ctx.dtypes[0]), (3, 1, ctx.dtypes[1])):
+        if ctx.needs_input_grad[argument]:
+            grads[argument] = (table_column_ref(schedule_table, t, column, grad.ndim) * grad.float()).to(dtype)
+    return tuple(grads)
+
+
+_q_sample_op.register_autograd(_q_sample_backward, setup_context=_q_sample_setup_context)
+
+
+def check_training_inputs(
+    x_start: Tensor, t: Tensor, schedule_table: Tensor, noise: Tensor | None, n_columns: int
+) -> None:
     """Raise ValueError or TypeError unless the arguments that q_sample and mse share fit together."""
     if x_start.dtype not in (*FLOAT_DTYPES, torch.uint8):
         raise TypeError(f"x_start must be uint8, float32, float16 or bfloat16, got {x_start.dtype}")
     if x_start.ndim < 1:
         raise ValueError("x_start must be [B], [B, C] or [B, C, *spatial], got a scalar")
-    if t.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"t must be int64 or int32, got {t.dtype}")
-    if t.shape != x_start.shape[:1]:
-        raise ValueError(f"t must be of shape [{x_start.shape[0]}], one timestep a sample, got {list(t.shape)}")
-    if schedule_table.dtype != torch.float32:
-        raise TypeError(f"schedule_table must be float32, got {schedule_table.dtype}")
-    if schedule_table.ndim != 2 or schedule_table.shape[0] < 1 or schedule_table.shape[1] < columns:
-        raise ValueError(f"schedule_table must be of shape [T, >= {columns}], got {list(schedule_table.shape)}")
-    check_same_device(x_start, t=t, schedule_table=schedule_table)
-
-
-def check_same_device(x_start: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError naming the first tensor that is not on x_start's device."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x_start.device:
-            raise ValueError(f"{name} must be on x_start's device {x_start.device}, got {tensor.device}")
-
-
-def check_noise(noise: Tensor | None, x_start: Tensor) -> None:
-    """Raise ValueError or TypeError unless noise is None or a float tensor like x_start."""
-    if noise is None:
-        return
-    if noise.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"noise must be float32, float16 or bfloat16, got {noise.dtype}")
-    if noise.shape != x_start.shape:
-        raise ValueError(f"noise must have x_start's shape {list(x_start.shape)}, got {list(noise.shape)}")
-    check_same_device(x_start, noise=noise)
+    check_tensor("t", t, x_start.shape[:1], (torch.int64, torch.int32), x_start.device)
+    if schedule_table.ndim != 2 or schedule_table.shape[0] < 1 or schedule_table.shape[1] < n_columns:
+        raise ValueError(f"schedule_table must be of shape [T, >= {n_columns}], got {list(schedule_table.shape)}")
+    check_tensor("schedule_table", schedule_table, schedule_table.shape, (torch.float32,), x_start.device)
+    if noise is not None:
+        check_tensor("noise", noise, x_start.shape, FLOAT_DTYPES, x_start.device)
 
 
 def table_column_ref(schedule_table: Tensor, t: Tensor, column: int, ndim: int) -> Tensor:
@@ -113,8 +250,7 @@ def q_sample(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device; not exactly one of noise and seed.
     """
-    check_training_inputs(x_start, t, schedule_table, columns=2)
-    check_noise(noise, x_start)
+    check_training_inputs(x_start, t, schedule_table, noise, n_columns=2)
     if out_dtype is None:
         out_dtype = torch.float32 if x_start.dtype == torch.uint8 else x_start.dtype
     if out_dtype not in FLOAT_DTYPES:
@@ -128,4 +264,5 @@ def q_sample(
             f"memory_format must be channels_last, contiguous_format or preserve_format, got {memory_format}"
         )
     counters = noise_counters(noise, seed, sample_indices, draw, x_start.shape[0], x_start.device)
-    return q_sample_ref(x_start, t, schedule_table, noise, *counters, out_dtype, channels_last)
+    arguments = (x_start, t, schedule_table, noise, *counters, out_dtype, channels_last)
+    return _q_sample_op(*arguments) if use_triton(x_start) else q_sample_ref(*arguments)
