@@ -142,10 +142,10 @@ def ddim(
             x0 = x0.clamp(-clip_sample, clip_sample)
         if use_clipped_model_output:
             eps = (x - math.sqrt(bar) * x0) / math.sqrt(1 - bar)
-        sigma = eta * math.sqrt((1 - bar_prev) / (1 - bar)) * math.sqrt(1 - bar / bar_prev)
-        x = math.sqrt(bar_prev) * x0 + math.sqrt(1 - bar_prev - sigma**2) * eps
-        if sigma > 0 and noise_fn is not None:
-            x = x + sigma * noise_fn(i, x)
+        variance = eta**2 * (1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev)
+        x = math.sqrt(bar_prev) * x0 + math.sqrt(1 - bar_prev - variance) * eps
+        if variance > 0 and noise_fn is not None:
+            x = x + math.sqrt(variance) * noise_fn(i, x)
     return x
 
 

@@ -1,7 +1,5 @@
 """Denoising diffusion implicit models."""
 
-import math
-
 from fastdiff.solvers.grid import Grid
 from fastdiff.solvers.registry import register
 from fastdiff.table import Row
@@ -15,12 +13,9 @@ def ddim(grid: Grid, *, eta: float = 0.0, use_clipped_model_output: bool = False
         eta: in [0, 1], the standard deviation of a step's noise in units of the DDPM posterior's: 0 is deterministic.
         use_clipped_model_output: eps follows from x0 after it was clipped, not from the model's output alone.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, accepted is [0, 1]")
     rows = []
     for i in range(len(grid)):
-        std = eta * math.sqrt(grid.posterior(i)[2])
-        direction = math.sqrt(max(float(grid.sigma[i + 1]) ** 2 - std**2, 0.0))
+        direction, std = grid.split_noise(i, eta)
         ux, u0, um = grid.epsilon(i, clipped=use_clipped_model_output)
         c0 = float(grid.alpha[i + 1]) + direction * u0
         rows.append(grid.row(i, cx=direction * ux, c0=c0, cm=direction * um, cz=std, draws=std > 0))

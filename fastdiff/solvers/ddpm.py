@@ -14,9 +14,9 @@ def ddpm(grid: Grid, *, variance: str = "fixed_small") -> list[Row]:
     """Ho et al. 2020, algorithm 2, between any two points of a grid.
 
     Args:
-        variance: of each step but the last, which has none. "fixed_small": the posterior's, "fixed_large": beta,
-            "learned_range": between the logarithms of the two, by the model's second half of channels v in [-1, 1]
-            (Nichol and Dhariwal 2021, equation 15).
+        variance: of each step but the last, which has none. "fixed_small": the posterior's, "fixed_large": beta (for
+            other than variance-preserving schedules see `Grid.posterior`), "learned_range": between the logarithms of
+            the two, by the model's second half of channels v in [-1, 1] (Nichol and Dhariwal 2021, equation 15).
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance is {variance!r}, accepted are {', '.join(VARIANCES)}")

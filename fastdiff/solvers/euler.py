@@ -1,7 +1,5 @@
 """Euler's method on the probability-flow ODE, plain and with ancestral noise."""
 
-import math
-
 from fastdiff.solvers.grid import Grid
 from fastdiff.solvers.registry import register
 from fastdiff.table import Row
@@ -27,11 +25,8 @@ def euler_ancestral(grid: Grid, *, eta: float = 1.0) -> list[Row]:
     Args:
         eta: in [0, 1], sigma_up in units of the posterior's standard deviation: 0 is Euler's method.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, accepted is [0, 1]")
     rows = []
     for i in range(len(grid)):
-        sigma_up = eta * math.sqrt(grid.posterior(i)[2])
-        sigma_down = math.sqrt(max(float(grid.sigma[i + 1]) ** 2 - sigma_up**2, 0.0))
+        sigma_down, sigma_up = grid.split_noise(i, eta)
         rows.append(grid.row(i, **_to(grid, i, sigma_down), cz=sigma_up, draws=sigma_up > 0))
     return rows

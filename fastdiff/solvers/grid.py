@@ -124,17 +124,34 @@ class Grid:
         equations 6 and 7 of Ho et al. 2020.
 
         Returns:
-            coefficient of x, coefficient of x0, variance, beta.
+            coefficient of x, coefficient of x0, variance, and the variance that data x0 ~ N(0, I) would have instead of a
+            known x0: beta for a variance-preserving process (Ho et al. 2020, section 3.2).
         """
         alpha_ts = self.alpha[i] / self.alpha[i + 1]
         variance, variance_next = self.sigma[i] ** 2, self.sigma[i + 1] ** 2
+        total, total_next = variance + self.alpha[i] ** 2, variance_next + self.alpha[i + 1] ** 2
         beta = max(variance - alpha_ts**2 * variance_next, 0.0)
         return (
             float(alpha_ts * variance_next / variance),
             float(self.alpha[i + 1] * beta / variance),
             float(beta * variance_next / variance),
-            float(beta),
+            float(beta * total_next / total),
         )
+
+    def split_noise(self, i: int, eta: float) -> tuple[float, float]:
+        """(sigma_down, sigma_up) of a step from point i: sigma_down² + sigma_up² = sigma_next².
+
+        sigma_up is eta in [0, 1] times the posterior's standard deviation, so eta = 1 is an ancestral step.
+
+        Raises:
+            ValueError: eta is not in [0, 1].
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, accepted is [0, 1]")
+        up = eta * math.sqrt(self.posterior(i)[2])
+        # The part of the noise that x and x_next share; sigma_next² - up² would cancel where it is small.
+        shared = self.alpha[i] * self.sigma[i + 1] / (self.alpha[i + 1] * self.sigma[i])
+        return float(self.sigma[i + 1]) * math.hypot(math.sqrt(1 - eta**2), eta * float(shared)), up
 
 
 def _clip_range(clip_sample: float | None) -> float:
