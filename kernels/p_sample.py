@@ -13,7 +13,7 @@ from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, 
 from fastdiff.kernels.layout import MAX_ELEMENTS, is_channels_last, merge_strides, sample_extent
 from fastdiff.kernels.philox import normal_at, normal_block, normal_ref, per_sample, sample_index
 
-FLOAT_COLUMNS = ("t", "c_next", "px", "pm", "lim", "g", "mg", "vg", "cx", "c0", "cm", "cz", "lv")
+FLOAT_COLUMNS: tuple[str, ...] = ("t", "c_next", "px", "pm", "lim", "g", "mg", "vg", "cx", "c0", "cm", "cz", "lv")
 FLOAT_COLUMNS += ("ux", "u0", "um", "k0", "kz")
 HISTORY_OFFSET = len(FLOAT_COLUMNS)
 INT_COLUMNS = ("slot", "draw", "stream")
@@ -190,9 +190,10 @@ def _p_sample_kernel(
     std, variance = cz, vg
     if LEARNED_VARIANCE:
         lv = tl.load(floats + 12)
-        o = (i if MODEL_DENSE else _offsets(c, p, inner, stride_mc, stride_mo, stride_mi, SPLIT)) + CHANNELS * stride_mc
+        o = i if MODEL_DENSE else _offsets(c, p, inner, stride_mc, stride_mo, stride_mi, SPLIT)
+        variance_ptr = model_output_ptr + tl.cast(stride_mc, tl.int64) * CHANNELS
         bound = tl.where((lv != 0.0) & (draws | (vg != 0.0)), n_elements, 0)
-        factor = tl.exp(lv * tl.load(model_output_ptr + o, mask=i < bound, other=0.0).to(tl.float32))
+        factor = tl.exp(lv * tl.load(variance_ptr + o, mask=i < bound, other=0.0).to(tl.float32))
         std, variance = std * factor, variance * (factor * factor)
     if DRAWS:
         if noise_ptr is not None:
@@ -572,17 +573,13 @@ def p_sample_(
     _check(x, model_output, table, row, model_output_uncond, history, inputs, scales, outputs)
     if x.numel() == 0:
         return
-    if seed is not None:
-        seed = per_sample(seed, x.shape[0], x.device, "seed")
-        sample_indices = sample_index(sample_indices, x.shape[0], x.device)
-    else:
-        sample_indices = None
-    options = {
+    seeds = None if seed is None else per_sample(seed, x.shape[0], x.device, "seed")
+    options: dict[str, Tensor | None] = {
         "model_output_uncond": model_output_uncond,
         "history": history,
         "noise": noise,
-        "seed": seed,
-        "sample_indices": sample_indices,
+        "seed": seeds,
+        "sample_indices": None if seeds is None else sample_index(sample_indices, x.shape[0], x.device),
         **scales,
         "grad": grad,
         "mask": mask,

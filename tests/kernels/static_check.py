@@ -1,0 +1,295 @@
+"""Compiles every kernel for GPUs that are not there and prints what the binaries cost, as JSON.
+
+Run by test_static.py with TRITON_INTERPRET=0. Each case calls a launcher on CPU tensors; the kernel is replaced by a
+recorder, and the recorded arguments give the signature and the specialisation that a launch on a GPU would derive.
+"""
+
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+SHAPE = (2, 3, 64, 64)
+CHANNELS_LAST = torch.channels_last
+CONTIGUOUS = torch.contiguous_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A launch and what its sm_90 binary may cost.
+
+    Attributes:
+        module, kernel: the kernel function and the fastdiff.kernels module it lives in.
+        launch: calls the launcher.
+        instructions: most SASS instructions per element, over the whole listing.
+        bytes_per_element: what is read and written per element, scalars aside; None where it is not a budget.
+        vectorised: every access is 16 bytes wide for 4-byte types and 8 or more for 2-byte types.
+        shared: the kernel may use shared memory.
+        targets: what it is compiled for.
+    """
+
+    module: str
+    kernel: str
+    launch: Callable[[], object]
+    instructions: float
+    bytes_per_element: int | None = None
+    vectorised: bool = True
+    shared: bool = False
+    targets: tuple[str, ...] = ("sm_90",)
+
+
+def _like(dtype: torch.dtype, memory_format: torch.memory_format, channels: int = 3) -> torch.Tensor:
+    return torch.empty(SHAPE[0], channels, *SHAPE[2:], dtype=dtype).contiguous(memory_format=memory_format)
+
+
+def launch_p_sample(
+    *,
+    state: torch.dtype = torch.float32,
+    model: torch.dtype | None = torch.float32,
+    memory_format: torch.memory_format = CHANNELS_LAST,
+    guided: bool = False,
+    n_slots: int = 0,
+    noise: str | None = "kernel",
+    learned: bool = False,
+    mask: bool = False,
+    strided: bool = False,
+) -> None:
+    from fastdiff.kernels.p_sample import HISTORY_OFFSET, _p_sample_op
+
+    batch = SHAPE[0]
+
+    def like(dtype: torch.dtype, channels: int = 3) -> torch.Tensor:
+        value = _like(dtype, memory_format, channels)
+        return torch.empty(*value.shape, 2, dtype=dtype)[..., 0] if strided else value
+
+    model_output = None if model is None else like(model, 6 if learned else 3)
+    history = None
+    if n_slots:
+        history = torch.stack([like(torch.float32).permute(0, 2, 3, 1)] * n_slots).permute(0, 1, 4, 2, 3)
+    in_kernel = noise == "kernel"
+    next_input = like(state if model is None else model)
+    _p_sample_op(
+        like(state),
+        model_output,
+        torch.empty(50, HISTORY_OFFSET + n_slots),
+        torch.empty(50, 3, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+        model_output if guided else None,
+        history,
+        like(torch.float32) if noise == "given" else None,
+        torch.empty(batch, dtype=torch.int64) if in_kernel else None,
+        torch.empty(batch, dtype=torch.int64) if in_kernel else None,
+        None,
+        None,
+        None,
+        torch.empty(1, 1, *SHAPE[2:]).expand(SHAPE) if mask else None,
+        like(torch.float32) if mask else None,
+        torch.cat([next_input] * 2) if guided else next_input,
+        None,
+    )
+
+
+def launch_normal(memory_format: torch.memory_format) -> None:
+    from fastdiff.kernels.philox import _normal_op
+
+    per_sample = torch.empty(SHAPE[0], dtype=torch.int64)
+    _normal_op(per_sample, per_sample, per_sample, 1, list(SHAPE), memory_format == CHANNELS_LAST)
+
+
+def launch_q_sample(pixels: torch.dtype, out: torch.dtype, memory_format: torch.memory_format = CHANNELS_LAST) -> None:
+    from fastdiff.kernels.q_sample import _q_sample_op
+
+    per_sample = torch.empty(SHAPE[0], dtype=torch.int64)
+    x_start = _like(pixels, memory_format)
+    table = torch.empty(1000, 4)
+    _q_sample_op(x_start, per_sample, table, None, *[per_sample] * 3, out, memory_format == CHANNELS_LAST)
+
+
+def launch_mse(dtype: torch.dtype, memory_format: torch.memory_format = CHANNELS_LAST) -> None:
+    from fastdiff.kernels.mse import _mse_op
+
+    per_sample = torch.empty(SHAPE[0], dtype=torch.int64)
+    model_output, x_start = _like(dtype, memory_format), _like(torch.float32, memory_format)
+    table, weight, one = torch.empty(1000, 4), torch.empty(SHAPE[0]), torch.empty(1)
+    _mse_op(model_output, x_start, per_sample, table, "epsilon", weight, None, *[per_sample] * 3, one)
+
+
+def _p_sample(instructions: float, bytes_per_element: int | None = None, **options) -> Case:
+    own = {name: options.pop(name) for name in ("targets", "vectorised") if name in options}
+    return Case(
+        module="p_sample",
+        kernel="_p_sample_kernel",
+        launch=lambda: launch_p_sample(**options),
+        instructions=instructions,
+        bytes_per_element=bytes_per_element,
+        **own,
+    )
+
+
+def _other(name: str, instructions: float, bytes_per_element: int, launch: Callable[[], object], **options) -> Case:
+    return Case(
+        module={"normal": "philox"}.get(name, name),
+        kernel=f"_{name}_kernel",
+        launch=launch,
+        instructions=instructions,
+        bytes_per_element=bytes_per_element,
+        **options,
+    )
+
+
+fp32, bf16, fp16, uint8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+
+# Instructions: as measured plus a tenth, at most the budget of the design (90; 110 guided with history, 25 without
+# noise, 180 with one Philox call a lane). Bytes: the state is read and written, all else accessed once.
+CASES = {
+    "p_sample": _p_sample(80, 16),
+    "p_sample bf16 model": _p_sample(80, 12, model=bf16),
+    "p_sample guided, history": _p_sample(98, 32, guided=True, n_slots=1),
+    "p_sample guided bf16 model, history": _p_sample(100, 24, guided=True, n_slots=1, model=bf16, targets=TARGETS),
+    "p_sample without noise": _p_sample(25, 16, noise=None),
+    "p_sample without noise, bf16 model": _p_sample(26, 12, noise=None, model=bf16),
+    "p_sample noise given": _p_sample(32, 20, noise="given"),
+    "p_sample fp16, noise given": _p_sample(34, 12, noise="given", state=fp16, model=fp16),
+    "p_sample start row": _p_sample(74, 12, model=None),
+    "p_sample learned variance": _p_sample(103, 20, learned=True, vectorised=False),
+    "p_sample broadcast mask": _p_sample(106, 24, mask=True, vectorised=False),
+    "p_sample contiguous": _p_sample(168, 16, memory_format=CONTIGUOUS, vectorised=False),
+    "p_sample contiguous without noise": _p_sample(25, 16, memory_format=CONTIGUOUS, noise=None),
+    "p_sample strided": _p_sample(180, 16, memory_format=CONTIGUOUS, strided=True, vectorised=False, targets=TARGETS),
+    "normal": _other("normal", 50, 4, lambda: launch_normal(CHANNELS_LAST)),
+    "normal contiguous": _other("normal", 172, 4, lambda: launch_normal(CONTIGUOUS), vectorised=False),
+    "q_sample": _other("q_sample", 55, 8, lambda: launch_q_sample(fp32, fp32), targets=TARGETS),
+    "q_sample bf16": _other("q_sample", 58, 4, lambda: launch_q_sample(bf16, bf16)),
+    "q_sample uint8": _other("q_sample", 60, 3, lambda: launch_q_sample(uint8, bf16)),
+    "mse": _other("mse", 62, 8, lambda: launch_mse(fp32), shared=True, targets=TARGETS),
+    "mse bf16": _other("mse", 64, 4, lambda: launch_mse(bf16), shared=True),
+}
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launch."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.arguments: dict = {}
+        self.options: dict = {}
+
+    def __getitem__(self, grid):
+        return self.record
+
+    def record(self, *arguments, **keywords) -> None:
+        names = self.kernel.arg_names
+        self.arguments = dict(zip(names, arguments)) | {k: v for k, v in keywords.items() if k in names}
+        self.options = {name: value for name, value in keywords.items() if name not in names}
+
+
+def specialise(kernel, arguments: dict) -> tuple[dict, dict, dict]:
+    """(signature, constants, attributes) as Triton's launcher derives them from the values of the arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[parameter.name] = "fp32"
+            aligned = False
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def read_sass(cubin: bytes, bin_directory: Path) -> tuple[dict[str, int], Counter]:
+    """Resources (REG, STACK, SHARED, LOCAL) and the count of each instruction of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def cuobjdump(option: str) -> str:
+            command = [bin_directory / "cuobjdump", option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        resources = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump("-res-usage"))}
+        listing = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", cuobjdump("-sass"), re.M)
+    return resources, Counter(name for name in listing if name != "NOP")
+
+
+def access_sizes(ttgir: str) -> list[int]:
+    """Bytes per element of each tensor-wide load and store of global memory."""
+    widths = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i8": 1}
+    accesses = re.findall(r"tt\.(?:load|store) .*tensor<\d+x!tt\.ptr<(\w+)>", ttgir)
+    return [widths[element] for element in accesses]
+
+
+def measure(case: Case, target_name: str) -> dict:
+    """Compile one case for one target and read its costs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"fastdiff.kernels.{case.module}")
+    kernel = getattr(module, case.kernel)
+    recorder = Recorder(kernel)
+    setattr(module, case.kernel, recorder)
+    try:
+        case.launch()
+    finally:
+        setattr(module, case.kernel, kernel)
+    cuda = target_name.startswith("sm_")
+    target = GPUTarget("cuda", int(target_name[3:]), 32) if cuda else GPUTarget("hip", target_name, 64)
+    source = ASTSource(kernel, *specialise(kernel, recorder.arguments))
+    compiled = triton.compile(source, target=target, options=recorder.options)
+    result = {"fp_fusion": recorder.options.get("enable_fp_fusion", True), "shared": compiled.metadata.shared}
+    if not cuda:
+        spills = re.findall(r"(?:spill_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"])
+        return {**result, "spilled": sum(map(int, spills))}
+    bin_directory = Path(triton.__file__).parent / "backends/nvidia/bin"
+    resources, instructions = read_sass(compiled.asm["cubin"], bin_directory)
+    spills = sum(count for name, count in instructions.items() if name.startswith(("LDL", "STL")))
+    elements_per_thread = recorder.arguments["BLOCK_SIZE"] // (recorder.options["num_warps"] * 32)
+    sizes = access_sizes(compiled.asm["ttgir"])
+
+    def wide(bits: int) -> int:
+        return sum(n for name, n in instructions.items() if name.startswith(("LDG", "STG")) and f".{bits}" in name)
+
+    return {
+        **result,
+        "spilled": spills + resources["STACK"] + resources["LOCAL"],
+        "registers": resources["REG"],
+        "instructions": instructions.total() / elements_per_thread,
+        "bytes_per_element": sum(sizes),
+        # 16 bytes a thread for 4-byte types; 8 for 2-byte types, which 16-byte accesses of 8 elements also satisfy
+        "wide_expected": sum(math.ceil(elements_per_thread * size / 16) for size in sizes if size == 4),
+        "wide": wide(128),
+        "half_expected": sum(elements_per_thread * size // 8 for size in sizes if size == 2),
+        "half": wide(64) + 2 * (wide(128) - sum(elements_per_thread * size // 16 for size in sizes if size == 4)),
+    }
+
+
+if __name__ == "__main__":
+    json.dump({name: {t: measure(case, t) for t in case.targets} for name, case in CASES.items()}, sys.stdout)
