@@ -124,8 +124,8 @@ class Grid:
         equations 6 and 7 of Ho et al. 2020.
 
         Returns:
-            coefficient of x, coefficient of x0, variance, and the variance that data x0 ~ N(0, I) would have instead of a
-            known x0: beta for a variance-preserving process (Ho et al. 2020, section 3.2).
+            coefficient of x, coefficient of x0, variance, and the variance if x0 were not known but x0 ~ N(0, I), which
+            is beta for a variance-preserving process (Ho et al. 2020, section 3.2).
         """
         alpha_ts = self.alpha[i] / self.alpha[i + 1]
         variance, variance_next = self.sigma[i] ** 2, self.sigma[i + 1] ** 2

@@ -3,8 +3,8 @@
 Once with diffusers' source in float64 (float32 replaced in the text, then executed), where both must agree to 1e-9, and
 once with the schedulers as they are. The engine differs from diffusers on purpose where diffusers takes t - N // n for
 the next timestep (DDIM, DDPM: the two agree for leading spacing, and for trailing spacing when n divides N), where it
-draws noise in a last DDPM step that ends at x0 (t > 0: leading spacing avoids it), and in the noise that a leading Euler
-walk starts from (both sides get the engine's here). The cases below are those where both mean the same walk.
+draws noise in a last DDPM step that ends at x0 (t > 0: leading spacing avoids it), and in the noise that a leading
+Euler walk starts from (both sides get the engine's here). The cases below are those where both mean the same walk.
 """
 
 import functools
@@ -87,7 +87,7 @@ def _steps(walk, monkeypatch, module, class_name, dtype, config, steps, start, s
 
 
 def cases():
-    """(id, solver, schedule, steps, build arguments, diffusers' scheduler, its configuration, its further arguments)."""
+    """(id, (solver, schedule, steps, arguments of build), (diffusers' scheduler, configuration, further arguments))."""
     betas = {"linear": LINEAR, "scaled_linear": SCALED, "squaredcos_cap_v2": COSINE}
     no_clip, final = {"clip_sample": False}, {"set_alpha_to_one": True}
     for name, config in betas.items():
@@ -209,12 +209,11 @@ def test_float32_walk_is_as_near_as_diffusers_own_rounding(ours, theirs, walk, m
     exact = diffusers_walk(walk, monkeypatch, scheduler, torch.float64, config, steps, start, **further)
     theirs_32 = diffusers_walk(walk, monkeypatch, scheduler, torch.float32, config, steps, start, **further)
     ours_32 = walk.run(table, dtype=torch.float32)
-    # Two float32 walks differ by no more than their distances from the exact one. The engine's tables are exact, so its own
-    # distance is rounding: each product of a row (x, x0, and the two inside x0) is off by a few (4) units of 2^-24.
+    # Two float32 walks differ by no more than their distances from the exact one. The engine's tables are exact, so its
+    # distance is rounding: each product of a row (x, x0 and the two inside x0) is off by a few (4) units of 2^-24.
     c = table.columns
-    products = (
-        np.abs(c["cx"]) + np.abs(c["c0"]) * (np.abs(c["px"]) + np.abs(c["pm"])) + np.abs(c["cm"]) + c["cz"]
-    ).max()
+    inner = np.abs(c["px"]) + np.abs(c["pm"])
+    products = (np.abs(c["cx"]) + np.abs(c["c0"]) * inner + np.abs(c["cm"]) + c["cz"]).max()
     largest = max(1.0, table.init_noise_sigma, exact.abs().max().item())
     bound = relative(theirs_32 - exact, exact) + 4 * steps * 2**-24 * products * largest / exact.abs().max().item()
     assert relative(ours_32 - theirs_32, exact) <= bound

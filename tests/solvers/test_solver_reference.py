@@ -127,9 +127,9 @@ def has_walk(schedule, prediction_type, spacing):
 
 
 def tolerance(points, init_noise_sigma):
-    # 1e-12, and what the textbook form itself loses. Euler's x + (sigma_next - sigma) * d cancels a state as large as the
-    # first sigma: a few units (8) of 2^-53 of it. The loops in ᾱ form 1 - ᾱ; where the schedule has no ᾱ of its own, that
-    # is off by 2^-53 / (1 - ᾱ) at the least noisy point, and enters a walk a few times (4).
+    # 1e-12, and what the textbook form itself loses. Euler's x + (sigma_next - sigma) * d cancels a state as large
+    # as the first sigma: a few units (8) of 2^-53 of it. The loops in ᾱ form 1 - ᾱ; where the schedule has no ᾱ of
+    # its own, that is off by 2^-53 / (1 - ᾱ) at the least noisy point, and enters a walk a few times (4).
     exploding = 8 * 2**-53 * init_noise_sigma if init_noise_sigma > 1 else 0.0
     return 1e-12 + exploding + (0.0 if points.exact else 4 * 2**-53 / (1 - points.bars.max()))
 
