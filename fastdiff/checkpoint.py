@@ -131,7 +131,7 @@ def load_model(directory: str | Path, *, device: torch.device | str = "cpu") -> 
         # A state dict that does not fit is reported over many lines, one for each tensor.
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {directory} does not describe a model: {reason}") from error
-    model = model.to(device=device, memory_format=torch.channels_last).eval()
+    model = model.to(device).eval()
     return Checkpoint(model=model, schedule=schedule, prediction_type=prediction_type, config=config)
 
 

@@ -162,8 +162,9 @@ class DiffusionLoss:
         epochs: Tensor,
         grad_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        noise_of = {"seed": seed, "sample_indices": sample_indices, "draw": epochs}
-        x_t = q_sample(images, t, self.table, out_dtype=self.dtype, **noise_of)
+        x_t = q_sample(
+            images, t, self.table, seed=seed, sample_indices=sample_indices, draw=epochs, out_dtype=self.dtype
+        )
         kwargs = {} if labels is None else {"class_labels": labels}
         output = model(x_t, self.timestep_conditions[t], **kwargs)
         # mse regenerates the noise instead of reading it back.
@@ -174,7 +175,9 @@ class DiffusionLoss:
             self.table,
             target=self.prediction_type,
             weight=weight,
+            seed=seed,
+            sample_indices=sample_indices,
+            draw=epochs,
             grad_scale=grad_scale,
-            **noise_of,
         )
         return loss, output, grad

@@ -77,7 +77,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UNet(model_config)  # on the CPU: the same initial weights for every device
-    model.to(device=device, memory_format=torch.channels_last)
+    model.to(device)
     ema = EMA(model, config.ema_decay)
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(

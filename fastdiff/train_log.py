@@ -21,7 +21,7 @@ class TrainLog:
 
     def __init__(self, path: Path, start: int) -> None:
         lines = path.read_text().splitlines() if start and path.exists() else []
-        self.path, self.step = path, start
+        self.path, self.step, self.warned = path, start, False
         self.pending: list[tuple[Tensor, float]] = []
         # What an interrupted run logged after its last checkpoint will be logged again.
         path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
@@ -55,11 +55,13 @@ class TrainLog:
         return sum(record["loss"] for record in records) / len(records)
 
     def plot(self, path: Path) -> None:
-        """The loss curve as a PNG, where matplotlib is installed (otherwise a warning, which Python shows once)."""
+        """The loss curve as a PNG, where matplotlib is installed; where it is not, the first call warns."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            warnings.warn("no loss curve without matplotlib: pip install fastdiff[plot]", stacklevel=2)
+            if not self.warned:
+                warnings.warn("no loss curve without matplotlib: pip install fastdiff[plot]", stacklevel=2)
+            self.warned = True
             return
         records = [json.loads(line) for line in self.path.read_text().splitlines()]
         figure = Figure(figsize=(7, 4), layout="constrained")

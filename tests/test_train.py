@@ -119,6 +119,7 @@ def test_interruption_saves_and_prints_the_command_to_continue(tmp_path, capsys)
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     result = train(options(tmp_path, seed=5), model_config=TINY, on_step=interrupt)
     assert (result.step, result.completed) == (3, False)
     assert result.checkpoint == tmp_path / "step-3"
@@ -127,7 +128,7 @@ def test_interruption_saves_and_prints_the_command_to_continue(tmp_path, capsys)
     assert printed.startswith("stopped after step 3; continue with: fastdiff train ")
     assert "--seed 5" in printed
     assert printed.rstrip().endswith("--resume")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_nan_stops_the_run_at_its_step_and_keeps_the_checkpoint(tmp_path):
@@ -142,6 +143,19 @@ def test_nan_stops_the_run_at_its_step_and_keeps_the_checkpoint(tmp_path):
     weights, tensors, _ = checkpoint.load_train_state(tmp_path / "step-10")
     assert all(value.isfinite().all() for value in [*weights.values(), *tensors.values()])
     assert [line["step"] for line in log_of(tmp_path)][-1] == 13
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, for which the host could wait")
+def test_steps_do_not_wait_for_the_device(tmp_path):
+    def forbid_waiting(step, model):
+        # The first steps allocate and tune; the log reads the loss at step 8.
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < 7 else "default")
+
+    try:
+        config = options(tmp_path, steps=8, log_every=8, device="cuda", horizontal_flip=True)
+        assert train(config, model_config=TINY, on_step=forbid_waiting).completed
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
