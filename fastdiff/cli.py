@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -92,17 +93,19 @@ def _parse(words: list[str]) -> Command:
         raise ValueError(_first_paragraph(captured.getvalue())) from None
 
 
-def _first_paragraph(box: str) -> str:
-    """The sentence in the parser's framed message: what is between its title and the first rule."""
-    lines = [line.strip(" │|") for line in box.splitlines()[1:]]
-    sentence: list[str] = []
-    for line in lines:
-        if line.startswith(("─", "╰", "-----")):
-            break
-        sentence.append(line)
+def _first_paragraph(message: str) -> str:
+    """The sentence in the parser's message: a title, the sentence, a rule, help; framed if the output is UTF-8."""
+    lines = [line.strip(" │╭╮╰╯") for line in message.splitlines()[1:]]
+    while lines and _is_rule(lines[0]):
+        lines.pop(0)
+    sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), lines)).strip()
     # a dataclass that refuses its values is reported under the name of its class
-    message = re.sub(r"^(Error parsing|Sample:|Train:) ", "", " ".join(sentence))
-    return message.rstrip(".") or "the arguments could not be read"
+    sentence = re.sub(r"^Error parsing ((Sample|Train): )?", "", sentence)
+    return sentence.rstrip(".") or "the arguments could not be read"
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= set("-─")
 
 
 def _run(command: Command) -> int:
