@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.kernels.checks import FLOAT_DTYPES, check_no_grad, check_tensor, strides_match
 from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
-from fastdiff.kernels.layout import MAX_ELEMENTS, is_channels_last, merge_strides, sample_extent
+from fastdiff.kernels.layout import MAX_ELEMENTS, in_lane_order, is_channels_last, merge_strides, sample_extent
 from fastdiff.kernels.philox import normal_at, normal_block, normal_ref, per_sample, sample_index
 
 FLOAT_COLUMNS: tuple[str, ...] = ("t", "c_next", "px", "pm", "lim", "g", "mg", "vg", "cx", "c0", "cm", "cz", "lv")
@@ -258,16 +258,12 @@ def _p_sample_op(
     if batch * n_blocks >= 2**31:
         raise ValueError(f"x of shape {list(x.shape)} needs {batch * n_blocks} programs, fewer than 2^31 are accepted")
     channels_last = is_channels_last(x)
-
-    def is_dense(value: Tensor) -> bool:
-        return is_channels_last(value) if channels_last else value[:1].is_contiguous()
-
     learned_variance = model_output is not None and model_output.shape[1] != channels
     model = None if model_output is None else model_output[:, :channels]
     inputs = [model, noise, grad, mask, known]
-    state_dense = is_dense(x)
-    model_dense = model is None or is_dense(model)
-    inputs_dense = all(value is None or is_dense(value) for value in inputs[1:])
+    state_dense = in_lane_order(x, channels_last)
+    model_dense = model is None or in_lane_order(model, channels_last)
+    inputs_dense = all(value is None or in_lane_order(value, channels_last) for value in inputs[1:])
     walked = [] if state_dense else [x]
     walked += [value for value in inputs if value is not None and not (model_dense if value is model else inputs_dense)]
     inner, split = 1, False
