@@ -67,6 +67,7 @@ def build(
     clip_sample: float | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    strength: float = 1.0,
     **solver_options: Any,
 ) -> StepTable:
     """The step table of a solver on a noise schedule.
@@ -81,6 +82,8 @@ def build(
         guidance_scale: classifier-free guidance of every row; None: 1.
         guidance_interval: (low, high) within [0, 1]: only rows with low <= timestep / num_train_timesteps <= high are
             guided, the others have scale 1 (Kynkäänniemi et al. 2024).
+        strength: in (0, 1]: keep the last round(strength * num_inference_steps) steps, at least one: the walk of an
+            image that was noised to their first point (Meng et al. 2022, SDEdit).
         solver_options: what the solver's function takes besides its grid, such as eta.
 
     Raises:
@@ -102,15 +105,23 @@ def build(
         levels = schedule.sigmas(num_inference_steps, sigma_spacing)
         timesteps = schedule.timestep_of(levels)
         alpha, sigma = schedule.from_noise_level(levels)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, a number in (0, 1] is needed")
+    # The grid is cut, not the rows: a multistep solver starts anew at its first point.
+    skipped = num_inference_steps - max(round(strength * num_inference_steps), 1)
     grid = Grid.over(
         schedule,
-        timesteps,
-        alpha,
-        sigma,
+        timesteps[skipped:],
+        alpha[skipped:],
+        sigma[skipped:],
         prediction_type=prediction_type,
         exploding=solver.exploding,
         clip_sample=clip_sample,
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
     )
-    return StepTable.from_rows(solver.function(grid, **solver_options), init_noise_sigma=grid.init_noise_sigma)
+    return StepTable.from_rows(
+        solver.function(grid, **solver_options),
+        init_noise_sigma=grid.init_noise_sigma,
+        start=(float(grid.alpha[0]), float(grid.sigma[0])),
+    )

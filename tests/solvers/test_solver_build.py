@@ -151,3 +151,14 @@ def test_walks_start_from_the_noise_of_their_state():
     flow = build("euler", NoiseSchedule.flow(), 5, prediction_type="flow_prediction")
     assert flow.init_noise_sigma == 1.0
     assert flow.columns["c_in"].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("solver", FIVE)
+def test_strength_keeps_the_last_steps_and_restarts_the_history(solver):
+    whole, part = (build(solver, LINEAR, 10, strength=strength) for strength in (1.0, 0.4))
+    np.testing.assert_array_equal(part.columns["t"], whole.columns["t"][6:])
+    assert not part.h[0].any()
+    assert len(build(solver, LINEAR, 10, strength=1e-3)) == 1
+    for strength in (0.0, 1.1):
+        with pytest.raises(ValueError, match="strength is"):
+            build(solver, LINEAR, 10, strength=strength)
