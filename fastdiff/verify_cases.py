@@ -143,7 +143,7 @@ def normal_case(layout: str, stream: str) -> Case:
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
     def run(device: torch.device, nudge: float) -> Outputs:
-        on_device = {name: value.to(device) for name, value in counters.items()}
+        on_device: dict[str, Any] = {name: value.to(device) for name, value in counters.items()}
         return {"noise": noise.normal(SHAPE, stream=stream, memory_format=memory_format, **on_device)}
 
     def expect() -> Expected:
@@ -352,7 +352,7 @@ def _normals(counters: dict[str, Tensor], stream: Any) -> Rounded:
 
 def _noise_arguments(
     inputs: Inputs, given: Tensor | None, counters: dict[str, Tensor], device: torch.device
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     if given is not None:
         return {"noise": inputs.place(given, device)}
     return {name: value.to(device) for name, value in counters.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def _textbook(solver: str, schedule: NoiseSchedule) -> np.ndarray:
     bars = [float(schedule.alphas_cumprod[t]) for t in timesteps]
     alphas, sigmas = np.sqrt(bars), np.sqrt(1 - np.array(bars))
     levels = [*(sigmas / alphas), 0.0]
-    v = {"prediction_type": PREDICTION_TYPE}
+    v: dict[str, Any] = {"prediction_type": PREDICTION_TYPE}
     initial = torch.from_numpy(_normals("initial", 0).value)
     draws = itertools.count()
 
