@@ -27,7 +27,7 @@ class SampleConfig:
     """Sample i depends on the seed and on i alone."""
     solver: str = "dpmpp_2m"
     """How to walk from noise to image: ddpm, ddim, euler, euler_a or dpmpp_2m."""
-    num_inference_steps: int = 25
+    num_inference_steps: int = 15
     """Steps of the walk, at most as many as the model was trained with."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none. None takes 1.5 for a model that was trained for it, else none."""
