@@ -12,6 +12,7 @@ polynomials and Newton steps, accurate to 2e-6 together, which moves no statisti
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.checks import check_tensor
 from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
 from fastdiff.kernels.layout import empty, is_channels_last, merge_strides, sample_extent
 
@@ -179,9 +180,9 @@ def _(seed, sample_indices, draw, stream, shape, channels_last):
 
 
 def philox_ref(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 in plain PyTorch: int64 tensors holding uint32 words, broadcast together; seed in [0, 2^63)."""
+    """Philox4x32-10 in plain PyTorch: int64 tensors holding uint32 words, broadcast together; seed int64."""
     low = 0xFFFFFFFF
-    k0, k1 = seed & low, seed >> 32
+    k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         # int64 products wrap modulo 2^64, which leaves both 32-bit halves exact
         product_a, product_b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -241,17 +242,17 @@ def per_sample(value: int | Tensor, batch: int, device: torch.device, name: str)
     """An int64 [batch] tensor on the device from an int or such a tensor.
 
     Raises:
-        ValueError: an int outside [0, 2^63), or a tensor of another shape, dtype or device.
+        TypeError: neither an int nor a tensor.
+        ValueError: an int outside [0, 2^63) for seed or [0, 2^32) otherwise; a tensor of another shape, dtype, device.
     """
     if isinstance(value, Tensor):
-        if value.shape != (batch,) or value.dtype != torch.int64 or value.device != device:
-            raise ValueError(
-                f"{name} must be an int or an int64 tensor of shape [{batch}] on {device}, "
-                f"got {value.dtype} of shape {list(value.shape)} on {value.device}"
-            )
+        check_tensor(name, value, (batch,), (torch.int64,), device)
         return value.contiguous()
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{name} must be in [0, 2^63), got {value}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or an int64 tensor of shape [{batch}], got {type(value).__name__}")
+    bits = 63 if name == "seed" else 32
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"{name} must be in [0, 2^{bits}), got {value}")
     return torch.full((batch,), value, dtype=torch.int64, device=device)
 
 
