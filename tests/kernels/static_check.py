@@ -114,22 +114,36 @@ def launch_normal(memory_format: torch.memory_format) -> None:
     _normal_op(per_sample, per_sample, per_sample, 1, list(SHAPE), memory_format == CHANNELS_LAST)
 
 
-def launch_q_sample(pixels: torch.dtype, out: torch.dtype, memory_format: torch.memory_format = CHANNELS_LAST) -> None:
+def launch_q_sample(
+    pixels: torch.dtype,
+    out: torch.dtype,
+    memory_format: torch.memory_format = CHANNELS_LAST,
+    *,
+    pixels_format: torch.memory_format | None = None,
+    noise: str = "kernel",
+) -> None:
     from fastdiff.kernels.q_sample import _q_sample_op
 
     per_sample = torch.empty(SHAPE[0], dtype=torch.int64)
-    x_start = _like(pixels, memory_format)
-    table = torch.empty(1000, 4)
-    _q_sample_op(x_start, per_sample, table, None, *[per_sample] * 3, out, memory_format == CHANNELS_LAST)
+    x_start = _like(pixels, pixels_format or memory_format)
+    given = _like(out, memory_format) if noise == "given" else None
+    keys = [None] * 3 if noise == "given" else [per_sample] * 3
+    _q_sample_op(x_start, per_sample, torch.empty(1000, 4), given, *keys, out, memory_format == CHANNELS_LAST)
 
 
-def launch_mse(dtype: torch.dtype, memory_format: torch.memory_format = CHANNELS_LAST) -> None:
+def launch_mse(
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = CHANNELS_LAST,
+    *,
+    pixels: torch.dtype = torch.float32,
+    target: str = "epsilon",
+) -> None:
     from fastdiff.kernels.mse import _mse_op
 
     per_sample = torch.empty(SHAPE[0], dtype=torch.int64)
-    model_output, x_start = _like(dtype, memory_format), _like(torch.float32, memory_format)
+    model_output, x_start = _like(dtype, memory_format), _like(pixels, memory_format)
     table, weight, one = torch.empty(1000, 4), torch.empty(SHAPE[0]), torch.empty(1)
-    _mse_op(model_output, x_start, per_sample, table, "epsilon", weight, None, *[per_sample] * 3, one)
+    _mse_op(model_output, x_start, per_sample, table, target, weight, None, *[per_sample] * 3, one)
 
 
 def _p_sample(instructions: float, bytes_per_element: int | None = None, **options) -> Case:
@@ -179,8 +193,20 @@ CASES = {
     "q_sample": _other("q_sample", 55, 8, lambda: launch_q_sample(fp32, fp32), targets=TARGETS),
     "q_sample bf16": _other("q_sample", 58, 4, lambda: launch_q_sample(bf16, bf16)),
     "q_sample uint8": _other("q_sample", 60, 3, lambda: launch_q_sample(uint8, bf16)),
+    "q_sample contiguous": _other(
+        "q_sample", 147, 8, lambda: launch_q_sample(fp32, fp32, CONTIGUOUS), vectorised=False
+    ),
+    "q_sample contiguous uint8 to channels-last": _other(
+        "q_sample", 105, 3, lambda: launch_q_sample(uint8, bf16, pixels_format=CONTIGUOUS), vectorised=False
+    ),
+    "q_sample noise given": _other("q_sample", 12, 12, lambda: launch_q_sample(fp32, fp32, noise="given")),
+    "q_sample bf16, noise given": _other("q_sample", 15, 6, lambda: launch_q_sample(bf16, bf16, noise="given")),
     "mse": _other("mse", 62, 8, lambda: launch_mse(fp32), shared=True, targets=TARGETS),
     "mse bf16": _other("mse", 64, 4, lambda: launch_mse(bf16), shared=True),
+    "mse bf16, v_prediction, uint8": _other(
+        "mse", 70, 5, lambda: launch_mse(bf16, pixels=uint8, target="v_prediction"), shared=True, targets=TARGETS
+    ),
+    "mse contiguous": _other("mse", 146, 8, lambda: launch_mse(fp32, CONTIGUOUS), shared=True, vectorised=False),
 }
 
 
