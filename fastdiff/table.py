@@ -8,7 +8,7 @@ A row stands for one pass of the `p_sample` kernel, normally one model evaluatio
     y      = ux * x + u0 * x0 + um * m                 what a multistep method remembers
     std    = cz * exp(lv * v)                          v: the learned-variance channels
     x_next = cx * x + c0 * x0 + cm * m + sum_k h[k] * slot_k + std * z + vg * exp(2 * lv * v) * grad
-    x_next = mask * (k0 * known + kz * z) + (1 - mask) * x_next
+    x_next = mask * (k0 * known + kz * z) + (1 - mask) * x_next       unless k0 = kz = 0
     slot   = y                                         after the reads
     next model input = c_in of the next row * x_next
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from fastdiff.kernels.p_sample import FLOAT_COLUMNS, HISTORY_OFFSET, INT_COLUMNS, DeviceTable
 from fastdiff.kernels.philox import STREAMS
 
-ROW_COLUMNS = ("t", "c_in", "px", "pm", "lim", "g", "mg", "vg", "cx", "c0", "cm", "cz", "lv")
+ROW_COLUMNS: tuple[str, ...] = ("t", "c_in", "px", "pm", "lim", "g", "mg", "vg", "cx", "c0", "cm", "cz", "lv")
 ROW_COLUMNS += ("ux", "u0", "um", "k0", "kz")
 
 
@@ -137,9 +137,9 @@ class StepTable:
                 raise ValueError(f"column {name} of row {row} is {column[row]}: this solver cannot walk this grid")
         count: dict[str, int] = {}
         draw = []
-        for row in rows:
-            draw.append(count.get(row.stream, 0) if row.draws else -1)
-            count[row.stream] = count.get(row.stream, 0) + row.draws
+        for one in rows:
+            draw.append(count.get(one.stream, 0) if one.draws else -1)
+            count[one.stream] = count.get(one.stream, 0) + one.draws
         return cls(
             columns=columns,
             h=h,
@@ -225,7 +225,7 @@ def run_table(
                 raise ValueError(f"noise is needed: row {i} draws")
             z = noise(int(table.stream[i]), int(table.draw[i]))
         x_next = x_next + c["cz"] * z
-        if mask is not None and known is not None:
+        if mask is not None and known is not None and (c["k0"] or c["kz"]):
             x_next = mask * (c["k0"] * known + c["kz"] * z) + (1 - mask) * x_next
         if table.slot[i] >= 0:
             slots[int(table.slot[i])] = c["ux"] * x + c["u0"] * x0 + c["um"] * m

@@ -107,6 +107,7 @@ def train(
         "image_shape": list(dataset.image_shape),
         "num_classes": model_config.num_classes,
         "class_names": list(dataset.class_names) if dataset.class_names and dataset.labels is not None else None,
+        "label_dropout": objective.label_dropout,
         "seed": config.seed,
         "command": config.command(),
     }

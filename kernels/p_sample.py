@@ -221,7 +221,9 @@ def _p_sample_kernel(
         if DRAWS:
             kept += kz * z
         o = i if INPUTS_DENSE else _offsets(c, p, inner, stride_ac, stride_ao, stride_ai, SPLIT)
-        weight = tl.load(mask_ptr + b * stride_ab + o, mask=keep, other=0.0).to(tl.float32)
+        # a row with k0 = kz = 0 does not blend: the start and the forward jumps of an in-painting walk
+        bound = tl.where((k0 != 0.0) | (kz != 0.0), n_elements, 0)
+        weight = tl.load(mask_ptr + b * stride_ab + o, mask=i < bound, other=0.0).to(tl.float32)
         x_next = weight * kept + (1.0 - weight) * x_next
     tl.store(x_ptr + b * stride_xb + state, x_next.to(x_ptr.dtype.element_ty), mask=keep)
     if model_input_ptr is not None:
@@ -424,7 +426,7 @@ def p_sample_ref(
         kept = torch.where(c["k0"] != 0, c["k0"] * known.float(), 0.0)
         if z is not None:
             kept = kept + c["kz"] * z
-        mask = mask.float()
+        mask = torch.where((c["k0"] != 0) | (c["kz"] != 0), mask.float(), 0.0)
         x_next = mask * kept + (1.0 - mask) * x_next
 
     if history is not None and history.shape[0] > 0:
@@ -545,7 +547,7 @@ def p_sample_(
         threshold: float [B]: x0 = clamp(x0, -s, s) / s in place of the rows' lim (Saharia et al. 2022, section 2.3).
         rescale: float [B]: factor of the guided model output (Lin et al. 2023, section 3.4).
         grad: like x: gradient of a classifier, weighted by the rows' mg and vg.
-        mask, known: broadcastable to x: in-painting, mask = 1 keeps known.
+        mask, known: broadcastable to x: in-painting, mask = 1 keeps known, in rows with k0 or kz.
         model_input_out: [B, ...] or [2B, ...] (written twice, for guidance), laid out as x: c_in of the next row times
             the new state.
         x0_out: like x, laid out as x: the clipped data prediction.

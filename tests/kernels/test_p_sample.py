@@ -164,7 +164,8 @@ def formula(arguments: dict, z: torch.Tensor | None = None, bound: bool = False)
     x_next = x_next + c["vg"] * torch.exp(2 * c["lv"] * v) * grad
     if "mask" in values:
         kept = c["k0"] * values["known"] + c["kz"] * z
-        x_next = values["mask"] * kept + minus(torch.ones_like(x), values["mask"]) * x_next
+        mask = torch.where((c["k0"] != 0) | (c["kz"] != 0), values["mask"], torch.zeros_like(values["mask"]))
+        x_next = mask * kept + minus(torch.ones_like(x), mask) * x_next
     results = {"x": x_next, "x0_out": x0, "model_input_out": c["c_next"] * x_next}
     if "model_input_out" in values and len(values["model_input_out"]) != batch:
         results["model_input_out"] = results["model_input_out"].repeat(2, *[1] * (x.ndim - 1))
@@ -415,6 +416,16 @@ def test_mask_and_known_broadcast(device):
     p_sample_(**{**small, "known": known})
     p_sample_(**{**full, "mask": full["mask"].expand(shape).contiguous(), "known": known.expand(shape).contiguous()})
     assert torch.equal(small["x"], full["x"])
+
+
+def test_rows_that_do_not_blend_leave_the_mask_alone(device):
+    """The start and the forward jumps of an in-painting walk: k0 = kz = 0, and the mask may hold anything."""
+    plain = make_arguments((2, 3, 5, 7), [ROWS["ddpm"]], device, features=("model", "seed", "next"))
+    masked = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in plain.items()}
+    nothing = torch.full((1, 1, 5, 7), float("nan"), device=device)
+    p_sample_(**plain)
+    p_sample_(**{**masked, "mask": nothing, "known": nothing})
+    assert torch.equal(plain["x"], masked["x"])
 
 
 BAD_ARGUMENTS = {
