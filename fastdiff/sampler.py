@@ -1,59 +1,33 @@
-"""The sampling loop: it runs the rows of a step table and knows no solver.
+"""The sampler: what a caller gives is checked and laid out, then the rows of a step table run one by one.
 
-A row is a model call and one pass of the `p_sample` kernel, which writes the next state and the next model input. Every
-tensor the loop touches is on the device, the row number included, so a row is also what a CUDA graph captures.
+The loop knows no solver and waits for the device nowhere; `fastdiff.trajectory` has the step it repeats, and
+`fastdiff.cuda_graph` keeps that step captured.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdiff import noise as noise_contract
 from fastdiff import solvers
 from fastdiff.compilation import CompiledOrEager
 from fastdiff.cuda_graph import GraphCache
 from fastdiff.kernels.layout import empty
-from fastdiff.kernels.p_sample import FLOAT_COLUMNS, DeviceTable, p_sample_
 from fastdiff.kernels.philox import per_sample, sample_index
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import StepTable
+from fastdiff.trajectory import PackedTable, Stepper, Trajectory
 
 # tables of different strengths a sampler keeps
 MAX_TABLES = 8
 
 Callback = Callable[["Sampler", int, float, dict[str, Tensor]], "Mapping[str, Tensor] | None"]
-
-
-@dataclass(frozen=True)
-class RowKind:
-    """What makes rows different programs: whether they call the model, and with both halves of guidance."""
-
-    evaluates: bool
-    guided: bool
-
-
-@dataclass
-class Trajectory:
-    """The tensors of one sampling call. Under a CUDA graph they stay and are loaded anew for each call.
-
-    x: [B, C, *spatial] float32, channels-last. model_input: the same in the model's dtype, [2B, ...] for guidance
-    ([uncond; cond]), or x itself where they would be equal. row: int32 [B]. inputs: what the caller gave, by name.
-    """
-
-    x: Tensor
-    model_input: Tensor
-    history: Tensor | None
-    row: Tensor
-    inputs: dict[str, Tensor]
 
 
 class Sampler:
@@ -147,7 +121,7 @@ class Sampler:
         self.device = None if device is None else torch.empty(0, device=device).device
         self.cuda_graph = cuda_graph
         self._call_model = CompiledOrEager(model) if compile else model
-        self._device_tables = functools.lru_cache(maxsize=MAX_TABLES)(_to_device)
+        self._packed = functools.lru_cache(maxsize=MAX_TABLES)(PackedTable.of)
         self._graphs: GraphCache[Trajectory] = GraphCache()
         parameters = getattr(model, "parameters", None)
         first = next(iter(parameters()), None) if parameters else None
@@ -219,42 +193,51 @@ class Sampler:
 
         if math.prod(shape) == 0:
             return empty(shape, torch.float32, device, channels_last=True)
-        run = _Run(self, table, constants, device)
+        stepper = Stepper(
+            table=table,
+            packed=self._packed(table, device),
+            device=device,
+            model=self._call_model,
+            model_dtype=self._own_dtype,
+            autocast_dtype=None if self.dtype == self._own_dtype else self.dtype,
+            dynamic_threshold=self.dynamic_threshold,
+            constants=constants,
+        )
         if not self._captures(device):
-            trajectory = run.allocate(shape, inputs)
-            run.start(trajectory)
-            return self._loop(run, trajectory, run.steps(trajectory), callback_on_step_end, progress)
+            trajectory = stepper.allocate(shape, inputs)
+            stepper.start(trajectory)
+            return self._loop(stepper, trajectory, stepper.steps(trajectory), callback_on_step_end, progress)
         entry = self._graphs.entry(self._graph_key(table, shape, device, inputs, constants))
         with entry.lock:
             if entry.buffers is None:
                 static = {name: value.clone() for name, value in inputs.items()}
-                trajectory = run.allocate(shape, static)
-                entry.prepare(trajectory, run.steps(trajectory), lambda: run.start(trajectory), device)
+                trajectory = stepper.allocate(shape, static)
+                entry.prepare(trajectory, stepper.steps(trajectory), lambda: stepper.start(trajectory), device)
             assert entry.buffers is not None
             trajectory = entry.buffers
             for name, value in inputs.items():
                 trajectory.inputs[name].copy_(value)
-            run.start(trajectory)
+            stepper.start(trajectory)
             # the next call overwrites the buffers
-            return self._loop(run, trajectory, entry.steps, callback_on_step_end, progress).clone()
+            return self._loop(stepper, trajectory, entry.steps, callback_on_step_end, progress).clone()
 
     def _loop(
         self,
-        run: _Run,
+        stepper: Stepper,
         trajectory: Trajectory,
         steps: Mapping[Hashable, Callable[[], None]],
         callback: Callback | None,
         progress: bool,
     ) -> Tensor:
-        table = run.table
+        table, kinds = stepper.table, stepper.kinds
         for i in tqdm(range(len(table)), disable=not progress, desc="sampling", unit="row"):
-            steps[run.kinds[i]]()
+            steps[kinds[i]]()
             if callback is not None:
                 returned = callback(self, i, float(table.columns["t"][i]), {"latents": trajectory.x})
                 latents = (returned or {}).get("latents", trajectory.x)
                 if latents is not trajectory.x:
                     trajectory.x.copy_(latents)
-                    run.write_model_input(trajectory, i + 1)
+                    stepper.write_model_input(trajectory, i + 1)
         return trajectory.x
 
     def _captures(self, device: torch.device) -> bool:
@@ -360,140 +343,6 @@ class Sampler:
             getattr(self.model, "training", None),
             weights,
         )
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if self.dtype is None or self.dtype == self._own_dtype:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.dtype)
-
-
-class _Run:
-    """One table on one device: allocates a trajectory, starts it, and advances it by a row."""
-
-    def __init__(self, sampler: Sampler, table: StepTable, constants: dict[str, Any], device: torch.device) -> None:
-        self.sampler = sampler
-        self.table = table
-        self.constants = constants
-        self.device = device
-        self.device_table, self.timesteps = sampler._device_tables(table, device)
-        guidance = table.columns["g"]
-        self.kinds = [RowKind(bool(ev), bool(ev and g != 1)) for ev, g in zip(table.ev, guidance)]
-        # a row whose model input is its state needs no second copy of it
-        self.input_is_state = (
-            sampler._own_dtype == torch.float32 and not table.guided and bool((table.columns["c_in"] == 1).all())
-        )
-
-    def allocate(self, shape: tuple[int, ...], inputs: dict[str, Tensor]) -> Trajectory:
-        x = empty(shape, torch.float32, self.device, channels_last=True)
-        model_input = x
-        if not self.input_is_state:
-            copies = 2 if self.table.guided else 1
-            input_shape = (copies * shape[0], *shape[1:])
-            model_input = empty(input_shape, self.sampler._own_dtype, self.device, channels_last=True)
-        history = None
-        if self.table.n_slots:
-            slots = empty((self.table.n_slots * shape[0], *shape[1:]), torch.float32, self.device, channels_last=True)
-            history = slots.unflatten(0, (self.table.n_slots, shape[0]))
-        return Trajectory(x, model_input, history, torch.zeros(shape[0], dtype=torch.int32, device=self.device), inputs)
-
-    def start(self, trajectory: Trajectory) -> None:
-        """The state before the first row: the scaled initial noise, on top of the scaled init_image if there is one."""
-        x, inputs = trajectory.x, trajectory.inputs
-        noise = inputs.get("noise")
-        if noise is None:
-            noise = noise_contract.normal(
-                tuple(x.shape), seed=inputs["seed"], sample_indices=inputs["sample_indices"], stream="initial"
-            )
-        if "init_image" in inputs:
-            alpha, sigma = self.table.start
-            torch.mul(noise, sigma, out=x).add_(inputs["init_image"], alpha=alpha)
-        else:
-            torch.mul(noise, self.table.init_noise_sigma, out=x)
-        trajectory.row.zero_()
-        self.write_model_input(trajectory, 0)
-
-    def write_model_input(self, trajectory: Trajectory, row: int) -> None:
-        if not self.input_is_state and row < len(self.table):
-            scaled = trajectory.x * float(self.table.columns["c_in"][row])
-            trajectory.model_input.unflatten(0, (-1, trajectory.x.shape[0])).copy_(scaled)
-
-    def steps(self, trajectory: Trajectory) -> dict[Hashable, Callable[[], None]]:
-        """What advances the trajectory by a row, for each kind of row of the table."""
-
-        def step_of(kind: RowKind) -> Callable[[], None]:
-            return lambda: self._step(trajectory, kind)
-
-        return {kind: step_of(kind) for kind in dict.fromkeys(self.kinds)}
-
-    def _step(self, trajectory: Trajectory, kind: RowKind) -> None:
-        inputs = trajectory.inputs
-        output = uncond = None
-        if kind.evaluates:
-            output = self._evaluate(trajectory, kind)
-            if kind.guided:
-                uncond, output = output.chunk(2)
-        p_sample_(
-            trajectory.x,
-            output,
-            self.device_table,
-            trajectory.row,
-            model_output_uncond=uncond,
-            history=trajectory.history,
-            seed=inputs["seed"] if self.table.draws_noise else None,
-            sample_indices=inputs["sample_indices"] if self.table.draws_noise else None,
-            threshold=self._threshold(trajectory, output, uncond),
-            mask=inputs.get("mask"),
-            known=inputs.get("known"),
-            model_input_out=None if self.input_is_state else trajectory.model_input,
-        )
-        trajectory.row.add_(1)
-
-    def _evaluate(self, trajectory: Trajectory, kind: RowKind) -> Tensor:
-        prefix = "guided." if kind.guided else "cond."
-        kwargs = {
-            name.removeprefix(prefix): value for name, value in trajectory.inputs.items() if name.startswith(prefix)
-        }
-        model_input = trajectory.model_input
-        t = self.timesteps.index_select(0, trajectory.row)
-        if kind.guided:
-            t = t.repeat(2)
-        else:
-            # after a guided row the conditional half is the second one
-            model_input = model_input[model_input.shape[0] - trajectory.x.shape[0] :]
-        with self.sampler._autocast(self.device):
-            output = self.sampler._call_model(model_input, t, **self.constants, **kwargs)
-        output = output if isinstance(output, Tensor) else output.sample
-        expected = (model_input.shape[0], trajectory.x.shape[1], *trajectory.x.shape[2:])
-        learned = (expected[0], 2 * expected[1], *expected[2:])
-        if output.shape not in (expected, learned):
-            raise ValueError(f"model must return a tensor of shape {list(expected)}, got {list(output.shape)}")
-        return output
-
-    def _threshold(self, trajectory: Trajectory, output: Tensor | None, uncond: Tensor | None) -> Tensor | None:
-        """[B] what |x0| is clipped to: its quantile, at least 1 (Saharia et al. 2022, section 2.3)."""
-        quantile = self.sampler.dynamic_threshold
-        if quantile is None or output is None:
-            return None
-        x = trajectory.x
-        rows = self.device_table.floats.index_select(0, trajectory.row)
-
-        def column(name: str) -> Tensor:
-            return rows[:, FLOAT_COLUMNS.index(name)].view(-1, *[1] * (x.ndim - 1))
-
-        m = output[:, : x.shape[1]].float()
-        if uncond is not None:
-            m_u = uncond[:, : x.shape[1]].float()
-            m = m_u + column("g") * (m - m_u)
-        x0 = (column("px") * x + column("pm") * m).abs().flatten(1)
-        return torch.quantile(x0, quantile, dim=1).clamp(min=1.0)
-
-
-def _to_device(table: StepTable, device: torch.device) -> tuple[DeviceTable, Tensor]:
-    """The packed rows and the timesteps the model is given, int64 or float32, on the device."""
-    timesteps = torch.from_numpy(table.timesteps)
-    if timesteps.is_floating_point():
-        timesteps = timesteps.float()
-    return table.to(device), timesteps.to(device)
 
 
 def _like(value: Tensor, shape: tuple[int, ...], device: torch.device, name: str, *, exact: bool) -> Tensor:

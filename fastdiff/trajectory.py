@@ -1,0 +1,203 @@
+"""One sampling call: its tensors, and the step that moves them on by a row of the table.
+
+A step is a model call and one pass of the `p_sample` kernel, which writes the next state and the next model input. All
+it reads is on the device, the row number included, so that a step is also what a CUDA graph captures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import noise as noise_contract
+from fastdiff.kernels.layout import empty
+from fastdiff.kernels.p_sample import FLOAT_COLUMNS, DeviceTable, p_sample_
+from fastdiff.table import StepTable
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What makes rows different programs: whether they call the model, and with both halves of guidance."""
+
+    evaluates: bool
+    guided: bool
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """A step table on a device, and the timesteps [R] the model is given, int64 or float32."""
+
+    rows: DeviceTable
+    timesteps: Tensor
+
+    @classmethod
+    def of(cls, table: StepTable, device: torch.device) -> PackedTable:
+        """Pack `table` for `device`."""
+        timesteps = torch.from_numpy(table.timesteps)
+        if timesteps.is_floating_point():
+            timesteps = timesteps.float()
+        return cls(table.to(device), timesteps.to(device))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The tensors of one sampling call. Under a CUDA graph they stay and are loaded anew for each call.
+
+    x: [B, C, *spatial] float32, channels-last. model_input: the same in the model's dtype, [2B, ...] for guidance
+    ([uncond; cond]), or x itself where they would be equal. history: [K, B, C, *spatial] float32. row: int32 [B].
+    inputs: what the caller gave, by name; model arguments as "cond.NAME" and, for guided rows, "guided.NAME".
+    """
+
+    x: Tensor
+    model_input: Tensor
+    history: Tensor | None
+    row: Tensor
+    inputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """A table, a model and a device: allocates a trajectory, starts it, and advances it by a row.
+
+    Attributes:
+        model: called as model(x, t, **constants, **tensors).
+        model_dtype: of the model's input; autocast_dtype: that of autocast, None for none.
+        dynamic_threshold: quantile of |x0|, None for none.
+        constants: the caller's model arguments that are no tensors.
+    """
+
+    table: StepTable
+    packed: PackedTable
+    device: torch.device
+    model: Callable[..., Any]
+    model_dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+    dynamic_threshold: float | None
+    constants: dict[str, Any]
+
+    @property
+    def kinds(self) -> list[RowKind]:
+        """The kind of every row."""
+        return [RowKind(bool(ev), bool(ev and g != 1)) for ev, g in zip(self.table.ev, self.table.columns["g"])]
+
+    @property
+    def input_is_state(self) -> bool:
+        """True where every row's model input would be a copy of its state: then x itself is passed."""
+        unscaled = bool((self.table.columns["c_in"] == 1).all())
+        return unscaled and self.model_dtype == torch.float32 and not self.table.guided
+
+    def allocate(self, shape: tuple[int, ...], inputs: dict[str, Tensor]) -> Trajectory:
+        """Uninitialised tensors for samples of `shape`; `start` fills them."""
+        x = empty(shape, torch.float32, self.device, channels_last=True)
+        model_input = x
+        if not self.input_is_state:
+            copies = 2 if self.table.guided else 1
+            model_input = empty((copies * shape[0], *shape[1:]), self.model_dtype, self.device, channels_last=True)
+        history = None
+        if self.table.n_slots:
+            slots = empty((self.table.n_slots * shape[0], *shape[1:]), torch.float32, self.device, channels_last=True)
+            history = slots.unflatten(0, (self.table.n_slots, shape[0]))
+        row = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
+        return Trajectory(x, model_input, history, row, inputs)
+
+    def start(self, trajectory: Trajectory) -> None:
+        """The state before the first row: the scaled initial noise, on top of the scaled init_image if there is one."""
+        x, inputs = trajectory.x, trajectory.inputs
+        noise = inputs.get("noise")
+        if noise is None:
+            noise = noise_contract.normal(
+                tuple(x.shape), seed=inputs["seed"], sample_indices=inputs["sample_indices"], stream="initial"
+            )
+        if "init_image" in inputs:
+            alpha, sigma = self.table.start
+            torch.mul(noise, sigma, out=x).add_(inputs["init_image"], alpha=alpha)
+        else:
+            torch.mul(noise, self.table.init_noise_sigma, out=x)
+        trajectory.row.zero_()
+        self.write_model_input(trajectory, 0)
+
+    def write_model_input(self, trajectory: Trajectory, row: int) -> None:
+        """The model's input of row `row` from the state, where no kernel has written it."""
+        if not self.input_is_state and row < len(self.table):
+            scaled = trajectory.x * float(self.table.columns["c_in"][row])
+            trajectory.model_input.unflatten(0, (-1, trajectory.x.shape[0])).copy_(scaled)
+
+    def steps(self, trajectory: Trajectory) -> dict[Hashable, Callable[[], None]]:
+        """What advances the trajectory by a row, for each kind of row of the table."""
+
+        def step_of(kind: RowKind) -> Callable[[], None]:
+            return lambda: self._step(trajectory, kind)
+
+        return {kind: step_of(kind) for kind in dict.fromkeys(self.kinds)}
+
+    def _step(self, trajectory: Trajectory, kind: RowKind) -> None:
+        inputs = trajectory.inputs
+        output = uncond = None
+        if kind.evaluates:
+            output = self._evaluate(trajectory, kind)
+            if kind.guided:
+                uncond, output = output.chunk(2)
+        draws = self.table.draws_noise
+        p_sample_(
+            trajectory.x,
+            output,
+            self.packed.rows,
+            trajectory.row,
+            model_output_uncond=uncond,
+            history=trajectory.history,
+            seed=inputs["seed"] if draws else None,
+            sample_indices=inputs["sample_indices"] if draws else None,
+            threshold=self._threshold(trajectory, output, uncond),
+            mask=inputs.get("mask"),
+            known=inputs.get("known"),
+            model_input_out=None if self.input_is_state else trajectory.model_input,
+        )
+        trajectory.row.add_(1)
+
+    def _evaluate(self, trajectory: Trajectory, kind: RowKind) -> Tensor:
+        prefix = "guided." if kind.guided else "cond."
+        arguments = {
+            name.removeprefix(prefix): value for name, value in trajectory.inputs.items() if name.startswith(prefix)
+        }
+        x, model_input = trajectory.x, trajectory.model_input
+        t = self.packed.timesteps.index_select(0, trajectory.row)
+        if kind.guided:
+            t = t.repeat(2)
+        else:
+            # in a guided table the conditional half is the second one
+            model_input = model_input[model_input.shape[0] - x.shape[0] :]
+        with self._autocast():
+            output = self.model(model_input, t, **self.constants, **arguments)
+        output = output if isinstance(output, Tensor) else output.sample
+        expected = (model_input.shape[0], *x.shape[1:])
+        learned_variance = (model_input.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if output.shape not in (expected, learned_variance):
+            raise ValueError(f"model must return a tensor of shape {list(expected)}, got {list(output.shape)}")
+        return output
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _threshold(self, trajectory: Trajectory, output: Tensor | None, uncond: Tensor | None) -> Tensor | None:
+        """[B] what |x0| is clipped to: its quantile, at least 1 (Saharia et al. 2022, section 2.3)."""
+        if self.dynamic_threshold is None or output is None:
+            return None
+        x = trajectory.x
+        rows = self.packed.rows.floats.index_select(0, trajectory.row)
+
+        def column(name: str) -> Tensor:
+            return rows[:, FLOAT_COLUMNS.index(name)].view(-1, *[1] * (x.ndim - 1))
+
+        m = output[:, : x.shape[1]].float()
+        if uncond is not None:
+            m_uncond = uncond[:, : x.shape[1]].float()
+            m = m_uncond + column("g") * (m - m_uncond)
+        x0 = column("px") * x + column("pm") * m
+        return torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1).clamp(min=1.0)
