@@ -6,6 +6,9 @@ VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 TORCH_PIN := $(if $(TORCH),torch==$(TORCH))
 DEMO_OUT ?= digits.png
+# Each worker takes whole files and one thread.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types pytest clean
@@ -45,8 +48,8 @@ types: $(VENV)/.installed-test
 
 # Once with the kernels in Triton's interpreter (on a GPU: on the GPU), once the kernel tests on the plain CPU path.
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/kernels --deselect tests/kernels/test_static.py
+	$(PYTEST) --durations 10
+	TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels --ignore tests/kernels/test_static.py
 
 test: lint types pytest
 

@@ -188,7 +188,7 @@ CASES = {
     "p_sample contiguous": _p_sample(168, 16, memory_format=CONTIGUOUS, vectorised=False),
     "p_sample contiguous without noise": _p_sample(25, 16, memory_format=CONTIGUOUS, noise=None),
     "p_sample strided": _p_sample(180, 16, memory_format=CONTIGUOUS, strided=True, vectorised=False, targets=TARGETS),
-    "normal": _other("normal", 50, 4, lambda: launch_normal(CHANNELS_LAST)),
+    "normal": _other("normal", 50, 4, lambda: launch_normal(CHANNELS_LAST), targets=TARGETS),
     "normal contiguous": _other("normal", 172, 4, lambda: launch_normal(CONTIGUOUS), vectorised=False),
     "q_sample": _other("q_sample", 55, 8, lambda: launch_q_sample(fp32, fp32), targets=TARGETS),
     "q_sample bf16": _other("q_sample", 58, 4, lambda: launch_q_sample(bf16, bf16)),
