@@ -280,6 +280,16 @@ def test_each_feature_alone(feature, implementation, device):
     check(make_arguments((2, 3, 5, 7), [row], device, n_slots=0, features=features), implementation)
 
 
+@pytest.mark.parametrize("feature", ["threshold", "rescale"])
+def test_scales_of_any_strides(feature, implementation, device):
+    rows = [ROWS["ddim"], ROWS["multistep"]]
+    arguments = make_arguments((2, 3, 5, 7), rows, device, features=("model", "x0", feature))
+    padded = torch.full((2, 2), math.nan, device=device)
+    padded[:, 0] = arguments[feature]
+    arguments[feature] = padded[:, 0]
+    check(arguments, implementation)
+
+
 @pytest.mark.parametrize("column", ["mg", "vg"])
 def test_classifier_gradient_in_score_and_mean_form(column, implementation, device):
     row = {**ROWS["ddpm"], column: -0.4, "lim": math.inf}
