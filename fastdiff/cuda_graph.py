@@ -14,6 +14,11 @@ Buffers = TypeVar("Buffers")
 MAX_ENTRIES = 8
 WARMUP_CALLS = 2
 
+# A capture begins with a synchronisation of the device, which would break one that another thread has under way.
+_capturing = threading.Lock()
+# A graph whose capture failed is still known to torch's allocator, which would follow a dangling pointer to it.
+_failed: list[torch.cuda.CUDAGraph] = []
+
 
 def capture(
     step: Callable[[], None], reset: Callable[[], None], device: torch.device, pool: Any
@@ -23,25 +28,56 @@ def capture(
     `step` may read and write static tensors only; `reset` puts them into a state it can start from.
     Raises RuntimeError if it does something that cannot be captured.
     """
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP_CALLS):
-            reset()
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads of the process may go on using the device while this one captures
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-        step()
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    # the outer context restores the caller's stream: torch.cuda.graph does not where its capture fails
+    with _capturing, torch.cuda.stream(current):
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_CALLS):
+                reset()
+                step()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: other threads of the process may go on using the device while this one captures
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                step()
+        except BaseException:
+            graph.reset()
+            _failed.append(graph)
+            raise
     return graph.replay, graph.pool()
+
+
+class StreamLock:
+    """A lock over device memory: what its next holder enqueues, on whatever stream, runs after what the last one did.
+
+    `device` is set once it is known; until then it is an ordinary lock.
+    """
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self._lock = threading.Lock()
+        self._released: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._released is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._released)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self.device is not None and self.device.type == "cuda":
+                self._released = torch.cuda.current_stream(self.device).record_event()
+        finally:
+            self._lock.release()
 
 
 class Entry(Generic[Buffers]):
     """Static buffers and what advances them; `lock` guards both for the whole of a call."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = StreamLock()
         self.buffers: Buffers | None = None
         self.steps: Mapping[Hashable, Callable[[], None]] = {}
 
@@ -53,6 +89,7 @@ class Entry(Generic[Buffers]):
         device: torch.device,
     ) -> None:
         """Capture each kind of step on the buffers; where one cannot be, all run eagerly, with one warning."""
+        self.lock.device = device
         replays, pool = {}, None
         try:
             for kind, step in steps.items():
