@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint import CONFIG, Checkpoint, CheckpointError, latest_checkpoint, load_model
+from fastdiff.device import resolve_device
 from fastdiff.images import image_grid, save_png, to_uint8
 from fastdiff.sample_config import SampleConfig
 from fastdiff.sampler import Sampler
@@ -121,19 +122,6 @@ def find_checkpoint(path: str | Path | None) -> Path:
     if (path / CONFIG).exists():
         return path
     return latest_checkpoint(path) or path
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name, for "auto" the GPU where there is one; ValueError if it does not exist here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one of this machine's {torch.cuda.device_count()} GPUs or cpu, got {name!r}")
-    return device
 
 
 def _labels(config: SampleConfig, loaded: Checkpoint) -> Tensor | None:

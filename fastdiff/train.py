@@ -23,6 +23,7 @@ from tqdm import tqdm
 from fastdiff import checkpoint
 from fastdiff.compilation import CompiledOrEager
 from fastdiff.data import BatchOrder, Dataset, EmptySplitError, load_dataset, random_flip
+from fastdiff.device import resolve_device
 from fastdiff.ema import EMA
 from fastdiff.images import image_grid, save_png, to_uint8
 from fastdiff.loss import DiffusionLoss
@@ -209,14 +210,7 @@ def _check_resume(
 
 def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     """Where the run computes, and what the model is autocast to (float32: not at all)."""
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if has_gpu else "cpu") if config.device == "auto" else config.device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {config.device!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"device must be on this machine, which has {count} usable GPUs, got {config.device!r}")
+    device = resolve_device(config.device)
     if config.dtype != "auto":
         return device, getattr(torch, config.dtype)
     return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -235,15 +229,25 @@ def _load_data(config: TrainConfig, device: torch.device) -> tuple[Dataset, Data
 
 
 def _model_config(config: TrainConfig, dataset: Dataset) -> UNetConfig:
-    """The preset, adapted to the images and classes of the data."""
+    """The preset, adapted to the images and classes of the data; its levels keep or lack their attention."""
     channels, height, width = dataset.image_shape
     if height != width:
         raise ValueError(
             f"image_size must be given, because the images of {config.dataset} are {width}x{height}, not square"
         )
-    num_classes = dataset.num_classes if dataset.labels is not None else None
+    preset = PRESETS[config.model]
+    if height % preset.downsampling_factor:
+        raise ValueError(
+            f"image_size must be a multiple of {preset.downsampling_factor} for model {config.model}, got {height}"
+        )
+    attended = [preset.sample_size // resolution for resolution in preset.attention_resolutions]
     return replace(
-        PRESETS[config.model], sample_size=height, in_channels=channels, out_channels=channels, num_classes=num_classes
+        preset,
+        sample_size=height,
+        in_channels=channels,
+        out_channels=channels,
+        num_classes=dataset.num_classes if dataset.labels is not None else None,
+        attention_resolutions=tuple(height // factor for factor in attended),
     )
 
 

@@ -297,7 +297,7 @@ def test_bad_option_is_named(field, value, accepted):
     assert str(error.value) == f"{field} must be {accepted}, got {value!r}"
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps", "meta"])
 def test_bad_device_is_named(tmp_path, device):
     with pytest.raises(ValueError, match=f"device must be .*, got '{device}'"):
         train(options(tmp_path, device=device))
@@ -307,3 +307,14 @@ def test_command_lists_what_differs_from_the_defaults():
     config = TrainConfig(steps=10, class_conditional=False, horizontal_flip=True, dataset="folder:my images")
     expected = "fastdiff train --dataset 'folder:my images' --horizontal-flip --no-class-conditional --steps 10"
     assert config.command() == expected
+
+
+def test_preset_follows_the_image_size(tmp_path):
+    """8x8 is the size of the preset; at 16x16 the attention stays on its level, which is now 8x8."""
+    result = train(options(tmp_path, image_size=16, steps=1, batch_size=2))
+    assert (result.model.config.sample_size, result.model.config.attention_resolutions) == (16, (8,))
+
+
+def test_image_size_that_a_preset_cannot_halve_is_named(tmp_path):
+    with pytest.raises(ValueError, match="image_size must be a multiple of 8 for model cifar10, got 28"):
+        train(options(tmp_path, image_size=28, model="cifar10"))
