@@ -80,6 +80,7 @@ class Entry(Generic[Buffers]):
         self.lock = StreamLock()
         self.buffers: Buffers | None = None
         self.steps: Mapping[Hashable, Callable[[], None]] = {}
+        self._captured: Mapping[Hashable, Callable[[], None]] = {}
 
     def prepare(
         self,
@@ -98,7 +99,8 @@ class Entry(Generic[Buffers]):
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"the step cannot be captured in a CUDA graph, so it runs eagerly: {reason}", stacklevel=4)
             replays = dict(steps)
-        self.buffers, self.steps = buffers, replays
+        # a graph reads by address: what the steps hold, the packed table for one, must live as long as it does
+        self.buffers, self.steps, self._captured = buffers, replays, steps
 
 
 class GraphCache(Generic[Buffers]):

@@ -20,6 +20,7 @@ from fastdiff.compilation import CompiledOrEager
 from fastdiff.cuda_graph import GraphCache
 from fastdiff.kernels.layout import empty
 from fastdiff.kernels.philox import per_sample, sample_index
+from fastdiff.model_arguments import is_plain, tensors_of, without_tensors
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import StepTable
 from fastdiff.trajectory import PackedTable, Stepper, Trajectory
@@ -36,7 +37,9 @@ class Sampler:
     Args:
         model: called as model(x, t, **model_kwargs) with x [B, C, *spatial] and t [B], int64 if all the table's
             timesteps are whole numbers, else float32; returns a tensor like x (or [B, 2C, *spatial], learned variance)
-            or an object that holds it as `.sample`. It is never altered: put it in eval mode yourself.
+            or an object that holds it as `.sample`. It is never altered: put it in eval mode yourself. Pass an
+            nn.Module itself rather than a function around it where its weights may be moved or cast between calls:
+            captured graphs read them where they were, and only a module's own can be watched.
         schedule: the noise schedule the model was trained with.
         solver: a name (`fastdiff.solvers.names()`) or a finished StepTable.
         solver_options: keyword arguments of the solver, for example {"eta": 1.0} for ddim.
@@ -117,6 +120,7 @@ class Sampler:
         self.model = model
         self.schedule = schedule
         self.dynamic_threshold = dynamic_threshold
+        self.guidance_scale = guidance_scale
         self.dtype = dtype
         self.device = None if device is None else torch.empty(0, device=device).device
         self.cuda_graph = cuda_graph
@@ -156,8 +160,9 @@ class Sampler:
             sample_indices: int64 [B], the samples' numbers in the noise contract; 0..B-1 by default. A sample's noise
                 depends on its own seed and number, not on the batch it is drawn in.
             noise: unit-variance initial noise of the shape instead of the seed's; step noise still comes from the seed.
-            model_kwargs: passed to the model. For guidance, tensors whose first axis is B are joined with those of the
-                same name in uncond_kwargs; everything else is passed once.
+            model_kwargs: passed to the model, tensors (also inside dicts, lists and tuples) on the sampling device. For
+                guidance, tensors whose first axis is B are joined with those at the same place in uncond_kwargs;
+                everything else is passed once.
             uncond_kwargs: the unconditional model_kwargs; for a model with a `null_class` it defaults to that class.
             init_image: [B, C, *spatial] in the model's range: start from it, noised, `strength` of the way up the walk.
             strength: (0, 1], with init_image.
@@ -179,7 +184,7 @@ class Sampler:
         device = self._device(noise, model_kwargs)
         table = self._table(init_image, strength)
         inputs = self._inputs(table, shape, device, model_kwargs, uncond_kwargs)
-        constants = {name: value for name, value in model_kwargs.items() if not isinstance(value, Tensor)}
+        arguments = without_tensors(model_kwargs)
         inputs["seed"] = per_sample(seed, shape[0], device, "seed")
         inputs["sample_indices"] = sample_index(sample_indices, shape[0], device)
         for name, value in (("noise", noise), ("init_image", init_image), ("mask", mask), ("known", known)):
@@ -187,7 +192,6 @@ class Sampler:
                 inputs[name] = _like(value, shape, device, name, exact=name != "mask")
         if (mask is None) != (known is None):
             raise ValueError("mask and known go together: one of them is missing")
-
         if mask is not None and not (table.columns["k0"].any() or table.columns["kz"].any()):
             raise ValueError("mask needs an in-painting table: the rows of this one have no k0 or kz")
 
@@ -201,13 +205,14 @@ class Sampler:
             model_dtype=self._own_dtype,
             autocast_dtype=None if self.dtype == self._own_dtype else self.dtype,
             dynamic_threshold=self.dynamic_threshold,
-            constants=constants,
+            arguments=arguments,
         )
-        if not self._captures(device):
+        # a graph bakes in what is no tensor: two calls must be told apart by it
+        if not self._captures(device) or not is_plain(arguments):
             trajectory = stepper.allocate(shape, inputs)
             stepper.start(trajectory)
             return self._loop(stepper, trajectory, stepper.steps(trajectory), callback_on_step_end, progress)
-        entry = self._graphs.entry(self._graph_key(table, shape, device, inputs, constants))
+        entry = self._graphs.entry(self._graph_key(table, shape, device, inputs, arguments))
         with entry.lock:
             if entry.buffers is None:
                 static = {name: value.clone() for name, value in inputs.items()}
@@ -237,7 +242,8 @@ class Sampler:
                 latents = (returned or {}).get("latents", trajectory.x)
                 if latents is not trajectory.x:
                     trajectory.x.copy_(latents)
-                    stepper.write_model_input(trajectory, i + 1)
+                # it may have changed them in place as well
+                stepper.write_model_input(trajectory, i + 1)
         return trajectory.x
 
     def _captures(self, device: torch.device) -> bool:
@@ -254,7 +260,7 @@ class Sampler:
             return noise.device
         parameters = getattr(self.model, "parameters", None)
         tensors = [] if parameters is None else [next(iter(parameters()), None)]
-        tensors += [value for value in model_kwargs.values() if isinstance(value, Tensor)]
+        tensors += tensors_of(model_kwargs).values()
         return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
     def _table(self, init_image: Tensor | None, strength: float) -> StepTable:
@@ -276,7 +282,7 @@ class Sampler:
         model_kwargs: Mapping[str, Any],
         uncond_kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """model_kwargs' tensors as "cond.NAME" and, for a guided table, joined with uncond_kwargs as "guided.NAME"."""
+        """model_kwargs' tensors as "cond.PATH" and, for a guided table, joined with uncond_kwargs as "guided.PATH"."""
         batch = shape[0]
         null_class = getattr(self.model, "null_class", None)
         labels = model_kwargs.get("class_labels")
@@ -291,12 +297,9 @@ class Sampler:
             raise ValueError(
                 f"class_labels must be in [0, {null_class}] ({null_class} is the null class), got {labels.tolist()}"
             )
-        inputs = {}
-        for name, value in model_kwargs.items():
-            if isinstance(value, Tensor):
-                inputs[f"cond.{name}"] = value.to(device)
+        inputs = {f"cond.{path}": value.to(device) for path, value in tensors_of(model_kwargs).items()}
         if not table.guided:
-            if uncond_kwargs:
+            if uncond_kwargs and self.guidance_scale is None:
                 raise ValueError(f"uncond_kwargs {sorted(uncond_kwargs)} are given, but guidance_scale is not")
             return inputs
         if null_class is not None and isinstance(labels, Tensor) and "class_labels" not in uncond_kwargs:
@@ -308,19 +311,16 @@ class Sampler:
             )
         if unknown := sorted(set(uncond_kwargs) - set(model_kwargs)):
             raise ValueError(f"uncond_kwargs {unknown} have no counterpart in model_kwargs {sorted(model_kwargs)}")
-        for name, value in model_kwargs.items():
-            if not isinstance(value, Tensor):
-                continue
+        unconditional = tensors_of(uncond_kwargs)
+        for path, value in tensors_of(model_kwargs).items():
             value = value.to(device)
             if value.ndim and value.shape[0] == batch:
-                uncond = uncond_kwargs.get(name)
-                if not isinstance(uncond, Tensor) or uncond.shape != value.shape:
-                    got = list(uncond.shape) if isinstance(uncond, Tensor) else uncond
-                    raise ValueError(
-                        f"uncond_kwargs[{name!r}] must be a tensor of shape {list(value.shape)}, got {got}"
-                    )
+                uncond = unconditional.get(path)
+                if uncond is None or uncond.shape != value.shape:
+                    got = "none" if uncond is None else list(uncond.shape)
+                    raise ValueError(f"uncond_kwargs must hold {path} of shape {list(value.shape)}, got {got}")
                 value = torch.cat([uncond.to(value), value])
-            inputs[f"guided.{name}"] = value
+            inputs[f"guided.{path}"] = value
         return inputs
 
     def _graph_key(
@@ -329,19 +329,22 @@ class Sampler:
         shape: tuple[int, ...],
         device: torch.device,
         inputs: Mapping[str, Tensor],
-        constants: Mapping[str, Any],
+        arguments: Any,
     ) -> Hashable:
-        """All that a captured step has baked in: layouts, constants, and where the model's weights lie."""
-        parameters = getattr(self.model, "parameters", None)
-        weights = tuple(parameter.data_ptr() for parameter in parameters()) if parameters else ()
+        """All that a captured step has baked in: layouts, constants, modes, and where the model's weights lie."""
+        weights: list[Tensor] = []
+        if isinstance(self.model, torch.nn.Module):
+            weights = [*self.model.parameters(), *self.model.buffers()]
         return (
             table,
             shape,
             device,
             tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(inputs.items())),
-            tuple((name, repr(value)) for name, value in sorted(constants.items())),
+            repr(arguments),
             getattr(self.model, "training", None),
-            weights,
+            tuple((weight.data_ptr(), weight.dtype) for weight in weights),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         )
 
 

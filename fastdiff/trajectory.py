@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdiff import noise as noise_contract
 from fastdiff.kernels.layout import empty
 from fastdiff.kernels.p_sample import FLOAT_COLUMNS, DeviceTable, p_sample_
+from fastdiff.model_arguments import with_tensors
 from fastdiff.table import StepTable
 
 
@@ -50,7 +51,7 @@ class Trajectory:
 
     x: [B, C, *spatial] float32, channels-last. model_input: the same in the model's dtype, [2B, ...] for guidance
     ([uncond; cond]), or x itself where they would be equal. history: [K, B, C, *spatial] float32. row: int32 [B].
-    inputs: what the caller gave, by name; model arguments as "cond.NAME" and, for guided rows, "guided.NAME".
+    inputs: what the caller gave, by name; model arguments as "cond.PATH" and, for guided rows, "guided.PATH".
     """
 
     x: Tensor
@@ -65,10 +66,10 @@ class Stepper:
     """A table, a model and a device: allocates a trajectory, starts it, and advances it by a row.
 
     Attributes:
-        model: called as model(x, t, **constants, **tensors).
+        model: called as model(x, t, **arguments).
         model_dtype: of the model's input; autocast_dtype: that of autocast, None for none.
         dynamic_threshold: quantile of |x0|, None for none.
-        constants: the caller's model arguments that are no tensors.
+        arguments: the model's keyword arguments, with a `TensorAt` for each tensor of the trajectory's inputs.
     """
 
     table: StepTable
@@ -78,7 +79,7 @@ class Stepper:
     model_dtype: torch.dtype
     autocast_dtype: torch.dtype | None
     dynamic_threshold: float | None
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
 
     @property
     def kinds(self) -> list[RowKind]:
@@ -161,7 +162,7 @@ class Stepper:
 
     def _evaluate(self, trajectory: Trajectory, kind: RowKind) -> Tensor:
         prefix = "guided." if kind.guided else "cond."
-        arguments = {
+        tensors = {
             name.removeprefix(prefix): value for name, value in trajectory.inputs.items() if name.startswith(prefix)
         }
         x, model_input = trajectory.x, trajectory.model_input
@@ -172,7 +173,7 @@ class Stepper:
             # in a guided table the conditional half is the second one
             model_input = model_input[model_input.shape[0] - x.shape[0] :]
         with self._autocast():
-            output = self.model(model_input, t, **self.constants, **arguments)
+            output = self.model(model_input, t, **with_tensors(self.arguments, tensors))
         output = output if isinstance(output, Tensor) else output.sample
         expected = (model_input.shape[0], *x.shape[1:])
         learned_variance = (model_input.shape[0], 2 * x.shape[1], *x.shape[2:])
@@ -181,9 +182,14 @@ class Stepper:
         return output
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        """The sampler's autocast, or the caller's that is in force, without its cache of cast weights.
+
+        The cache ends with the autocast, and a captured graph would go on reading it.
+        """
+        kind, dtype = self.device.type, self.autocast_dtype
+        if dtype is None and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(kind, dtype, cache_enabled=False)
 
     def _threshold(self, trajectory: Trajectory, output: Tensor | None, uncond: Tensor | None) -> Tensor | None:
         """[B] what |x0| is clipped to: its quantile, at least 1 (Saharia et al. 2022, section 2.3)."""

@@ -146,6 +146,35 @@ def test_uncond_kwargs_join_tensors_and_pass_the_rest_once():
     assert flag == "on"
 
 
+def test_nested_model_arguments_are_joined_by_their_place():
+    seen = []
+
+    def model(x, t, added):
+        seen.append(added)
+        return smooth_model(x, t)
+
+    cond = {"ids": [torch.ones(3, 2), "plain"], "scale": torch.tensor(2.0)}
+    uncond = {"ids": [torch.zeros(3, 2), "plain"]}
+    make(model, guidance_scale=2.0).sample(SHAPE, model_kwargs={"added": cond}, uncond_kwargs={"added": uncond})
+    assert torch.equal(seen[0]["ids"][0], torch.cat([torch.zeros(3, 2), torch.ones(3, 2)]))
+    assert seen[0]["ids"][1] == "plain"
+    assert seen[0]["scale"] == 2.0
+    with pytest.raises(ValueError, match=r"added\.ids\.0"):
+        make(model, guidance_scale=2.0).sample(SHAPE, model_kwargs={"added": cond}, uncond_kwargs={"added": {}})
+
+
+def test_guidance_scale_1_takes_and_ignores_uncond_kwargs():
+    context = {"context": torch.ones(3, 1)}
+    calls = []
+
+    def model(x, t, context):
+        calls.append(x.shape[0])
+        return smooth_model(x, t)
+
+    make(model, guidance_scale=1.0).sample(SHAPE, model_kwargs=context, uncond_kwargs=context)
+    assert set(calls) == {3}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_model_runs_in_its_own_dtype_and_the_state_stays_float32(dtype):
     model = Labelled(dtype)
@@ -242,6 +271,21 @@ def test_callback_sees_every_row_and_may_replace_the_latents():
     assert inputs[3].abs().max() > 0
 
 
+def test_latents_changed_in_place_reach_the_model():
+    inputs = []
+
+    def model(x, t):
+        inputs.append(x.clone())
+        return smooth_model(x, t)
+
+    def callback(sampler, i, t, tensors):
+        tensors["latents"].zero_()
+
+    make(model, solver="euler").sample(SHAPE, callback_on_step_end=callback)
+    assert inputs[0].abs().max() > 0
+    assert all(torch.equal(x, torch.zeros(SHAPE)) for x in inputs[1:])
+
+
 def test_no_host_synchronisation_inside_the_loop():
     """.item(), a branch on a tensor and .tolist() all read a value on the host through aten::_local_scalar_dense."""
 
@@ -305,6 +349,42 @@ def test_static_buffers_give_what_fresh_ones_give(solver, captured):
     for seed, result in enumerate(results):
         want = eager.sample(SHAPE, seed=seed, model_kwargs={"class_labels": torch.tensor([seed, 0, 1])})
         assert torch.equal(result, want)
+
+
+def test_graphs_are_told_apart_by_what_they_bake_in(captured):
+    model = nn.Conv2d(2, 2, 1)
+    sampler = make(lambda x, t, **kwargs: model(x), steps=2)
+    tensor, other = torch.zeros(3), torch.ones(3)
+    for kwargs in ({"a": 1}, {"a": 1}, {"a": 2}, {"a": {"b": tensor}}, {"a": {"b": other}}):
+        sampler.sample(SHAPE, model_kwargs=kwargs)
+    assert len(captured) == 3
+    sampler.sample(SHAPE, model_kwargs={"a": object()})  # nothing tells two of these apart: eager
+    assert len(captured) == 3
+    with torch.inference_mode():
+        sampler.sample(SHAPE, model_kwargs={"a": 1})
+    with torch.autocast("cpu", torch.bfloat16):
+        sampler.sample(SHAPE, model_kwargs={"a": 1})
+    assert len(captured) == 5
+
+
+def test_graphs_follow_the_weights_of_a_module(captured):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    model = Model()
+    sampler = make(model, steps=2)
+    first = sampler.sample(SHAPE)
+    nn.init.zeros_(model.layer.weight)  # in place: the graph sees it
+    assert not torch.equal(sampler.sample(SHAPE), first)
+    assert len(captured) == 1
+    model.layer.weight = nn.Parameter(torch.ones_like(model.layer.weight))
+    sampler.sample(SHAPE)
+    assert len(captured) == 2
 
 
 def test_at_most_eight_graphs_are_kept(captured):
