@@ -180,7 +180,7 @@ class UNet(nn.Module):
         """Predict from the noisy images x [B, in_channels, H, W] at timesteps t [B] (integer or floating).
 
         class_labels: int64 or int32 [B] in 0..num_classes, the last being the null class; None means the null class for
-        all. Their range is not checked here: that would synchronise the host with the device.
+        all. Their range is checked on the CPU only: on a GPU that would synchronise the host with the device.
         encoder_hidden_states: [B, S, cross_attention_dim]; needed exactly when the model has cross-attention.
         H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
 
@@ -219,6 +219,13 @@ class UNet(nn.Module):
             raise ValueError(
                 f"the height and width of x must be positive multiples of {factor}, got {height} x {width}"
             )
+        weight = self.conv_in.weight
+        if x.device != weight.device:
+            raise ValueError(f"x must be on {weight.device} like the model, got {x.device}")
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x must be {weight.dtype} like the model (or autocast to it), got {x.dtype}")
+        if not isinstance(t, Tensor):
+            raise TypeError(f"t must be a tensor of shape [{batch}], got {type(t).__name__}")
         if t.shape != (batch,):
             raise ValueError(f"t must have shape [{batch}], one timestep per image of x, got {list(t.shape)}")
         if class_labels is not None:
@@ -229,6 +236,11 @@ class UNet(nn.Module):
                     f"class_labels must be int64 or int32 of shape [{batch}],"
                     f" got {class_labels.dtype} of shape {list(class_labels.shape)}"
                 )
+            # torch.compile cannot branch on values
+            if class_labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+                low, high = class_labels.aminmax()
+                if low < 0 or high > config.num_classes:
+                    raise ValueError(f"class_labels must be in [0, {config.num_classes}], got {class_labels.tolist()}")
         dim = config.cross_attention_dim
         if dim is None:
             if encoder_hidden_states is not None:
