@@ -24,7 +24,7 @@ class TrainLog:
         self.path, self.step, self.warned = path, start, False
         self.pending: list[tuple[Tensor, float]] = []
         # What an interrupted run logged after its last checkpoint will be logged again.
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
+        path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= start))
 
     def add(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Note the next step: float32 scalars on the device."""
@@ -73,3 +73,11 @@ class TrainLog:
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.legend()
         figure.savefig(path, dpi=150)
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite for one that a crash cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -13,7 +13,7 @@ from fastdiff.data import load_dataset
 from fastdiff.loss import DiffusionLoss
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import TrainConfig, train
-from fastdiff.train_log import TrainingDiverged
+from fastdiff.train_log import TrainingDiverged, TrainLog
 from fastdiff.unet import UNetConfig
 
 TINY = UNetConfig(
@@ -318,3 +318,10 @@ def test_preset_follows_the_image_size(tmp_path):
 def test_image_size_that_a_preset_cannot_halve_is_named(tmp_path):
     with pytest.raises(ValueError, match="image_size must be a multiple of 8 for model cifar10, got 28"):
         train(options(tmp_path, image_size=28, model="cifar10"))
+
+
+def test_a_log_line_that_a_crash_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    TrainLog(path, start=2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
