@@ -158,7 +158,9 @@ def _load_folder(spec: str, split: str, image_size: int | None) -> Dataset:
     def read(path: Path, mode: str) -> np.ndarray:
         try:
             with Image.open(path) as image:
-                pixels = image.convert(mode)
+                # convert() would clip 16-bit values to 255
+                eight_bit = image.point(lambda value: value / 256, "L") if image.mode.startswith("I;16") else image
+                pixels = ImageOps.exif_transpose(eight_bit).convert(mode)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} is not a readable image") from error
         if image_size is not None:
@@ -188,7 +190,7 @@ def _is_grey(path: Path) -> bool:
 
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            return image.mode in ("1", "L")
+            return image.mode in ("1", "L") or image.mode.startswith("I;16")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image") from error
 

@@ -106,6 +106,19 @@ def test_sub_folders_are_classes_and_grey_images_have_one_channel(tmp_path):
     assert dataset.class_names == ("a", "b")
 
 
+def test_photographs_stand_upright_and_16_bit_images_keep_their_range(tmp_path):
+    photo, deep = tmp_path / "photo", tmp_path / "deep"
+    write_images(photo, ["a.png"])
+    write_images(deep, ["a.png"])
+    turned = Image.new("RGB", (6, 5))
+    turned.getexif()[0x0112] = 6  # orientation: turn by a quarter
+    turned.save(photo / "a.png", exif=turned.getexif())
+    values = np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000
+    Image.fromarray(values).save(deep / "a.png")
+    assert load_dataset(f"folder:{photo}").image_shape == (3, 6, 5)
+    assert np.array_equal(load_dataset(f"folder:{deep}").images[0, 0].numpy(), values // 256)
+
+
 def test_unreadable_image_is_named(tmp_path):
     write_images(tmp_path, ["a.png", "b.png"], size=(40, 40))
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:300])

@@ -15,20 +15,21 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
 @pytest.fixture(scope="module")
-def costs() -> dict:
+def costs(request) -> dict:
     """Every case compiled in one process without the interpreter, which cannot compile kernels that call functions."""
     script = Path(__file__).with_name("static_check.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)
-    print(f"\n{'sm_90, per element':38} {'instructions':>12} {'bytes':>6} {'registers':>9}")
-    for name, targets in costs.items():
-        figures = targets["sm_90"]
-        print(
-            f"{name:38} {figures['instructions']:8.1f}/{CASES[name].instructions:<3} "
-            f"{figures['bytes_per_element']:6} {figures['registers']:9}"
-        )
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{'sm_90, per element':38} {'instructions':>12} {'bytes':>6} {'registers':>9}")
+        for name, targets in costs.items():
+            figures = targets["sm_90"]
+            print(
+                f"{name:38} {figures['instructions']:8.1f}/{CASES[name].instructions:<3} "
+                f"{figures['bytes_per_element']:6} {figures['registers']:9}"
+            )
     return costs
 
 
