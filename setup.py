@@ -6,7 +6,7 @@ A top-level package called `kernels` would overwrite the unrelated PyPI package 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
+    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels", "fastdiff.models.digits"],
     package_dir={"fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["models/*/*.json", "models/*/*.safetensors", "py.typed"]},
+    package_data={"fastdiff": ["py.typed"], "fastdiff.models.digits": ["*.json", "*.safetensors"]},
 )

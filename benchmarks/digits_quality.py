@@ -55,10 +55,8 @@ def nearest_distance(points: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares.min(1), 0))
 
 
-def measure(
-    *, num: int, guidance_scale: float, seed: int = 0, solver: str = "dpmpp_2m", num_inference_steps: int = 25
-) -> Quality:
-    """Draw `num` samples of the packaged model, labels cycling through the classes, and judge them."""
+def measure(*, num: int, guidance_scale: float, seed: int = 0) -> Quality:
+    """Draw `num` samples of the packaged model as `fastdiff sample` does, labels in turn, and judge them."""
     from sklearn.svm import SVC
 
     train, held_out = load_dataset("digits", split="train"), load_dataset("digits", split="held_out")
@@ -71,8 +69,6 @@ def measure(
                 save_npy=Path(folder) / "samples.npy",
                 num=num,
                 seed=seed,
-                solver=solver,
-                num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
             )
         )

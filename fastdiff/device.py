@@ -1,6 +1,16 @@
-"""Which device a command runs on."""
+"""Names of devices, checked against this machine."""
 
 import torch
+
+
+def existing_device(device: torch.device | str) -> torch.device:
+    """The device with its index ("cuda" -> "cuda:0"); ValueError if this machine does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # of what torch says, the first line; AssertionError is its word for a build without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device must be one that this machine has, got {str(device)!r}: {reason}") from error
 
 
 def resolve_device(name: str) -> torch.device:

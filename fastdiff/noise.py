@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastdiff.device import existing_device
 from fastdiff.kernels.philox import STREAMS, per_sample, sample_index
 from fastdiff.kernels.philox import normal as _normal
 
@@ -45,9 +46,11 @@ def normal(
     if device is None:
         tensors = [value for value in (sample_indices, seed, draw) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
-    # an index is normalised ("cuda" -> "cuda:0") by making a tensor there
-    device = torch.empty(0, device=device).device
+    device = existing_device(device)
     batch = shape[0]
+    for name, value, limit in (("seed", seed, 2**63), ("sample_indices", sample_indices, 2**32), ("draw", draw, 2**32)):
+        if isinstance(value, Tensor) and value.dtype == torch.int64:
+            _check_range(name, value, limit)
     return _normal(
         per_sample(seed, batch, device, "seed"),
         sample_index(sample_indices, batch, device),
@@ -56,3 +59,12 @@ def normal(
         tuple(shape),
         memory_format != torch.contiguous_format,
     )
+
+
+def _check_range(name: str, value: Tensor, limit: int) -> None:
+    """Raise for values outside [0, limit), where looking costs no synchronisation and no break of a traced graph."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {low if low < 0 else high}")

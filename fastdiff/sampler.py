@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastdiff import solvers
 from fastdiff.compilation import CompiledOrEager
 from fastdiff.cuda_graph import GraphCache
+from fastdiff.device import existing_device
 from fastdiff.kernels.layout import empty
 from fastdiff.kernels.philox import per_sample, sample_index
 from fastdiff.model_arguments import is_plain, tensors_of, without_tensors
@@ -60,7 +61,7 @@ class Sampler:
     A sampler keeps no state between calls but captured graphs, guarded by locks: several threads may use it.
 
     Raises:
-        ValueError: naming the argument that is out of range or the combination that is impossible.
+        ValueError, TypeError: naming the argument that is out of range or the combination that is impossible.
     """
 
     def __init__(
@@ -83,6 +84,12 @@ class Sampler:
         compile: bool = False,
         cuda_graph: bool | str = "auto",
     ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+        if not isinstance(solver, (str, StepTable)):
+            raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"dtype must be None, float32, float16, bfloat16 or float64, got {dtype}")
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t, **model_kwargs), got {type(model).__name__}")
         if cuda_graph not in (True, False, "auto"):
@@ -122,7 +129,7 @@ class Sampler:
         self.dynamic_threshold = dynamic_threshold
         self.guidance_scale = guidance_scale
         self.dtype = dtype
-        self.device = None if device is None else torch.empty(0, device=device).device
+        self.device = None if device is None else existing_device(device)
         self.cuda_graph = cuda_graph
         self._call_model = CompiledOrEager(model) if compile else model
         self._packed = functools.lru_cache(maxsize=MAX_TABLES)(PackedTable.of)
@@ -175,7 +182,7 @@ class Sampler:
             float32 tensor of the shape, channels-last.
 
         Raises:
-            ValueError: naming the argument, what was received and what is accepted.
+            ValueError, TypeError: naming the argument, what was received and what is accepted.
         """
         model_kwargs, uncond_kwargs = dict(model_kwargs or {}), dict(uncond_kwargs or {})
         shape = tuple(shape)
@@ -350,6 +357,8 @@ class Sampler:
 
 def _like(value: Tensor, shape: tuple[int, ...], device: torch.device, name: str, *, exact: bool) -> Tensor:
     """`value` as float32 of the shape on the device; a mask may broadcast to it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
     try:

@@ -293,7 +293,7 @@ class NoiseSchedule:
         if not math.isfinite(high):
             raise ValueError(
                 f"sigma_spacing={spacing!r} needs a finite largest noise level, but alpha = 0 at the last timestep; "
-                "use a timestep spacing or give sigma_max"
+                "use a timestep spacing"
             )
         if not 0 < low <= high:
             raise ValueError(f"sigma_min={low} and sigma_max={high} are not 0 < sigma_min <= sigma_max")

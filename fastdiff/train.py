@@ -98,7 +98,12 @@ def train(
     order = BatchOrder(config.seed, len(dataset), config.batch_size, device=device)
     start = _restore(loaded, model, ema, optimizer) if resumed else 0
     step, saved, held_out_loss = start, resumed, None
-    log = TrainLog(output / "log.jsonl", start)
+    # Data, options and model fit: from here on the run leaves traces.
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        log = TrainLog(output / "log.jsonl", start)
+    except OSError as error:
+        raise checkpoint.CheckpointError(f"cannot write to output {output}: {error.strerror or error}") from error
     settings = {
         "format_version": 1,
         "model": model_config.to_dict(),
@@ -182,10 +187,6 @@ def train(
 def _find_run(config: TrainConfig) -> Path | None:
     """The checkpoint to continue from, None for a new run."""
     output = Path(config.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise checkpoint.CheckpointError(f"cannot write to output {output}: {error.strerror or error}") from error
     latest = checkpoint.latest_checkpoint(output)
     if config.resume and latest is None:
         raise checkpoint.CheckpointError(f"output {output} has no undamaged checkpoint to resume from")

@@ -174,11 +174,14 @@ class Stepper:
             model_input = model_input[model_input.shape[0] - x.shape[0] :]
         with self._autocast():
             output = self.model(model_input, t, **with_tensors(self.arguments, tensors))
-        output = output if isinstance(output, Tensor) else output.sample
-        expected = (model_input.shape[0], *x.shape[1:])
-        learned_variance = (model_input.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if output.shape not in (expected, learned_variance):
-            raise ValueError(f"model must return a tensor of shape {list(expected)}, got {list(output.shape)}")
+        output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor or an object with one as .sample, got {type(output).__name__}")
+        expected = [model_input.shape[0], *x.shape[1:]]
+        learned_variance = [model_input.shape[0], 2 * x.shape[1], *x.shape[2:]]
+        accepted = [learned_variance] if self.table.columns["lv"].any() else [expected, learned_variance]
+        if list(output.shape) not in accepted:
+            raise ValueError(f"model must return a tensor of shape {accepted[0]}, got {list(output.shape)}")
         return output
 
     def _autocast(self) -> contextlib.AbstractContextManager:

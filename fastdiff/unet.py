@@ -168,6 +168,7 @@ class UNet(nn.Module):
 
     @property
     def null_class(self) -> int | None:
+        """The label that means "no class", None for an unconditional model."""
         return self.config.num_classes
 
     def forward(

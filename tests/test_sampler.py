@@ -209,7 +209,8 @@ def test_objects_with_a_sample_attribute_and_learned_variance_are_understood():
     def learned(x, t):
         return torch.cat([smooth_model(x, t), -torch.ones_like(x)], 1)
 
-    # v = -1 is the lower end of the range: the posterior variance itself (Nichol & Dhariwal 2021, equation 15)
+    # v = -1 is the lower end of the range: the posterior variance itself (Nichol & Dhariwal 2021, equation 15). The
+    # exponent of the noise, up to 2.5, is rounded to 1e-7 of itself, and the values are below 10: 1e-5 over four rows.
     sampler = make(learned, solver="ddpm", solver_options={"variance": "learned_range"})
     torch.testing.assert_close(sampler.sample(SHAPE, seed=3), tensor, rtol=1e-5, atol=1e-5)
 
@@ -227,6 +228,7 @@ def test_img2img_starts_at_the_strength_from_the_noised_image():
     assert len(starts) == 3
     x, t = starts[0]
     want = schedule.alpha[t] * image + schedule.sigma[t] * noise.normal(SHAPE, seed=1, stream="initial")
+    # three roundings of 6e-8 each on values below 5
     torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
 
 
@@ -238,6 +240,7 @@ def test_dynamic_threshold_bounds_the_data_prediction():
     sampler = Sampler(lambda x, t: output, NoiseSchedule.linear(), solver=table, dynamic_threshold=0.8)
     s = np.maximum(np.quantile(output.abs().flatten(1).numpy(), 0.8, axis=1), 1.0).astype(np.float32)
     want = np.clip(output.numpy(), -s[:, None, None, None], s[:, None, None, None]) / s[:, None, None, None]
+    # the quantile interpolates and the division rounds: a few roundings of 6e-8
     np.testing.assert_allclose(sampler.sample(SHAPE).numpy(), want, rtol=1e-6)
 
 
@@ -248,6 +251,7 @@ def test_in_painting_rows_follow_the_known_image():
     result = Sampler(smooth_model, NoiseSchedule.linear(), solver=table).sample(SHAPE, seed=2, known=known, mask=mask)
     z = noise.normal(SHAPE, seed=2, stream="step")
     start = noise.normal(SHAPE, seed=2, stream="initial")
+    # three roundings of 6e-8 each on values below 10
     torch.testing.assert_close(result, torch.where(mask.bool(), 0.5 * known + 2 * z, start), rtol=1e-6, atol=1e-6)
 
 
@@ -298,10 +302,10 @@ def test_no_host_synchronisation_inside_the_loop():
     sampler = make(solver="ddpm", guidance_scale=2.0)
     with Recorder():
         sampler.sample(SHAPE, model_kwargs={"context": torch.ones(3)}, uncond_kwargs={"context": torch.zeros(3)})
-        assert any("index_select" in name for name in names)
-        assert not any("_local_scalar_dense" in name for name in names)
+        first_row = next(i for i, name in enumerate(names) if "index_select" in name)
+        assert not any("_local_scalar_dense" in name for name in names[first_row:])
         torch.ones(1).item()
-    assert any("_local_scalar_dense" in name for name in names)
+    assert "_local_scalar_dense" in names[-1]
 
 
 def test_threads_share_a_sampler():
@@ -435,7 +439,8 @@ def test_compiled_model_gives_the_eager_result(needs_cxx):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1))
     results = [make(lambda x, t: model(x), compile=compile).sample(SHAPE, seed=1) for compile in (False, True)]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    # sums of 36 products in another order, 36 * 6e-8 of values below 5, through four rows
+    torch.testing.assert_close(*results, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +458,8 @@ def test_compiled_model_gives_the_eager_result(needs_cxx):
         ({"guidance_interval": (0.2, 0.8)}, "guidance_scale"),
         ({"solver_options": {"etta": 1.0}}, "etta"),
         ({"cuda_graph": "yes"}, "cuda_graph"),
+        ({"device": "nowhere"}, "device"),
+        ({"dtype": torch.int8}, "dtype"),
         ({"model": Labelled(torch.bfloat16), "dtype": torch.float32}, "dtype"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else None,
@@ -467,6 +474,7 @@ def test_constructor_names_what_is_wrong(arguments, message):
     [
         ({"shape": (3,)}, "shape"),
         ({"seed": -1}, "seed"),
+        ({"seed": torch.tensor([0, -1, 0])}, "seed"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed"),
         ({"sample_indices": torch.arange(4)}, "sample_indices"),
         ({"noise": torch.zeros(3, 2, 5, 5)}, "noise"),
@@ -493,9 +501,22 @@ def test_guidance_without_an_unconditional_input_is_an_error():
         make(Labelled(), guidance_scale=2.0).sample(SHAPE, model_kwargs={"class_labels": torch.tensor([0, 1, 5])})
 
 
-def test_a_model_of_another_shape_is_an_error():
+def test_a_model_of_another_shape_or_type_is_an_error():
     with pytest.raises(ValueError, match="model must return"):
         make(lambda x, t: x[:, :1]).sample(SHAPE)
+    with pytest.raises(TypeError, match="model must return"):
+        make(lambda x, t: None).sample(SHAPE)
+    with pytest.raises(ValueError, match=r"model must return a tensor of shape \[3, 4, 5, 4\]"):
+        make(solver="ddpm", solver_options={"variance": "learned_range"}).sample(SHAPE)
+
+
+def test_arguments_of_another_type_are_errors():
+    with pytest.raises(TypeError, match="schedule"):
+        Sampler(smooth_model, None, solver="ddim", num_inference_steps=2)
+    with pytest.raises(TypeError, match="solver"):
+        make(solver=["ddim"])
+    with pytest.raises(TypeError, match="noise"):
+        make().sample(SHAPE, noise=np.zeros(SHAPE))
 
 
 def test_empty_batches_give_empty_tensors():
