@@ -16,10 +16,13 @@ from fastdiff.kernels import dispatch
 KERNEL_TESTS = Path(__file__).parent / "kernels"
 
 
-@pytest.fixture(autouse=True)
-def _references_outside_kernel_tests(request, monkeypatch):
-    if KERNEL_TESTS not in request.path.parents:
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
+INTERPRET = dispatch.INTERPRET
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # before fixtures of any scope are made
+    dispatch.INTERPRET = INTERPRET and KERNEL_TESTS in item.path.parents
 
 
 @pytest.fixture(scope="session")
