@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fastdiff.prediction import FloatArray, check_prediction_type, model_input_scale, prediction_target
 from fastdiff.spacing import SIGMA_SPACINGS, karras_sigmas
 
-FloatArray = NDArray[np.float64]
-PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 
@@ -305,7 +304,7 @@ class NoiseSchedule:
         "edm": ln(sigma / alpha) / 4 (Karras et al. 2022, table 1), a ValueError where alpha = 0. Other prediction
         types: sigma * N on a flow schedule (as diffusers' flow matching), else the timestep itself.
         """
-        if _check_prediction_type(prediction_type) == "edm":
+        if check_prediction_type(prediction_type) == "edm":
             if not alpha.all():
                 raise ValueError("prediction_type='edm' is undefined where alpha = 0: sigma / alpha is infinite there")
             return np.log(sigma / alpha) / 4
@@ -327,39 +326,6 @@ class NoiseSchedule:
         target = prediction_target(prediction_type, self.alpha, self.sigma, self.sigma_data)
         columns = np.stack(np.broadcast_arrays(scale * self.alpha, scale * self.sigma, *target), axis=1)
         return torch.from_numpy(columns).to(device=device, dtype=torch.float32)
-
-
-def prediction_target(
-    prediction_type: str, alpha: FloatArray, sigma: FloatArray, sigma_data: float = 0.5
-) -> tuple[FloatArray, FloatArray]:
-    """(c_x0, c_eps) of what a model predicts, c_x0 * x0 + c_eps * eps, at points x = alpha * x0 + sigma * eps.
-
-    "epsilon" eps (Ho et al. 2020); "sample" x0; "v_prediction" (alpha * eps - sigma * x0) / sqrt(alpha² + sigma²)
-    (Salimans and Ho 2022, where the root is 1); "flow_prediction" eps - x0 (Liu et al. 2023); "edm"
-    (x0 - c_skip * x̂) / c_out with x̂ = x / alpha (Karras et al. 2022, equation 8), multiplied out.
-    """
-    _check_prediction_type(prediction_type)
-    zero, one = np.zeros_like(sigma), np.ones_like(sigma)
-    if prediction_type == "epsilon":
-        return zero, one
-    if prediction_type == "sample":
-        return one, zero
-    if prediction_type == "v_prediction":
-        norm = np.hypot(alpha, sigma)
-        return -sigma / norm, alpha / norm
-    if prediction_type == "flow_prediction":
-        return -one, one
-    norm = np.hypot(sigma_data * alpha, sigma)
-    return sigma / (sigma_data * norm), -sigma_data * alpha / norm
-
-
-def model_input_scale(
-    prediction_type: str, alpha: FloatArray, sigma: FloatArray, sigma_data: float = 0.5
-) -> FloatArray:
-    """What makes x = alpha * x0 + sigma * eps the model's input: a factor of 1, for "edm" Karras' c_in of x / alpha."""
-    if _check_prediction_type(prediction_type) == "edm":
-        return 1 / np.hypot(sigma_data * alpha, sigma)
-    return np.ones_like(sigma)
 
 
 def _vp_tables(betas: FloatArray, alphas_cumprod: FloatArray) -> dict[str, FloatArray]:
@@ -384,12 +350,6 @@ def _vp_tables(betas: FloatArray, alphas_cumprod: FloatArray) -> dict[str, Float
             "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_cumprod),
             "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
         }
-
-
-def _check_prediction_type(prediction_type: str) -> str:
-    if prediction_type not in get_args(PredictionType):
-        raise ValueError(f"prediction_type is {prediction_type!r}, accepted are {', '.join(get_args(PredictionType))}")
-    return prediction_type
 
 
 def _check_count(num_train_timesteps: int) -> None:

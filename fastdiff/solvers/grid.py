@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastdiff.schedule import FloatArray, NoiseSchedule, model_input_scale, prediction_target
+from fastdiff.prediction import FloatArray, model_input_scale, prediction_target
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import Row
 
 
