@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.p_sample import FLOAT_COLUMNS, HISTORY_OFFSET, INT_COLUMNS, DeviceTable
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, INT_COLUMNS, DeviceTable
 from fastdiff.kernels.philox import STREAMS
 
 ROW_COLUMNS: tuple[str, ...] = ("t", "c_in", "px", "pm", "lim", "g", "mg", "vg", "cx", "c0", "cm", "cz", "lv")

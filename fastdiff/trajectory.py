@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import noise as noise_contract
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, DeviceTable
 from fastdiff.kernels.layout import empty
-from fastdiff.kernels.p_sample import FLOAT_COLUMNS, DeviceTable, p_sample_
+from fastdiff.kernels.p_sample import p_sample_
 from fastdiff.model_arguments import with_tensors
 from fastdiff.table import StepTable
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import noise, verify_formulas
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceTable
 from fastdiff.kernels.mse import TARGETS, mse
-from fastdiff.kernels.p_sample import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceTable, p_sample_
+from fastdiff.kernels.p_sample import p_sample_
 from fastdiff.kernels.philox import STREAMS
 from fastdiff.kernels.q_sample import q_sample
 from fastdiff.table import Row, StepTable

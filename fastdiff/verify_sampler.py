@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff import reference, verify_formulas
 from fastdiff.checkpoint import CheckpointError, load_model
 from fastdiff.generate import packaged_model
-from fastdiff.kernels.p_sample import FLOAT_COLUMNS, HISTORY_OFFSET
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET
 from fastdiff.kernels.philox import STREAMS
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule

@@ -72,7 +72,8 @@ def launch_p_sample(
     mask: bool = False,
     strided: bool = False,
 ) -> None:
-    from fastdiff.kernels.p_sample import HISTORY_OFFSET, _p_sample_op
+    from fastdiff.kernels.device_table import HISTORY_OFFSET
+    from fastdiff.kernels.p_sample import _p_sample_op
 
     batch = SHAPE[0]
 

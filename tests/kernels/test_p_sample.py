@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from fastdiff.kernels import dispatch
-from fastdiff.kernels.p_sample import (
-    FLOAT_COLUMNS,
-    HISTORY_OFFSET,
-    INT_COLUMNS,
-    DeviceTable,
-    _p_sample_op,
-    p_sample_,
-    p_sample_ref,
-)
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, INT_COLUMNS, DeviceTable
+from fastdiff.kernels.p_sample import _p_sample_op, p_sample_, p_sample_ref
 from fastdiff.kernels.philox import STREAMS
 from fastdiff.noise import normal
 
