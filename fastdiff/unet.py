@@ -153,7 +153,7 @@ class UNet(nn.Module):
         self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv_out = zero_init(nn.Conv2d(channels, config.out_channels, kernel_size=3, padding=1))
         # The layout of a conv's weight decides that of its output, even for an input in NCHW.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to the types of torch 2.11
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> UNet:
