@@ -10,13 +10,13 @@ from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, 
 from fastdiff.kernels.layout import element_offset, in_lane_order, is_channels_last, merge_strides
 from fastdiff.kernels.philox import (
     BLOCK_SIZE,
-    NUM_WARPS,
     STREAMS,
     noise_counters,
     noise_key,
     normal_at,
     normal_block,
     normal_ref,
+    num_warps,
 )
 from fastdiff.kernels.q_sample import (
     check_training_inputs,
@@ -178,7 +178,7 @@ def _mse_op(
                 MODEL_DENSE=all(in_lane_order(tensor, channels_last) for tensor in (model_output, grad)),
                 INPUTS_DENSE=all(in_lane_order(tensor, channels_last) for tensor in inputs),
                 BLOCK_SIZE=BLOCK_SIZE,
-                num_warps=NUM_WARPS,
+                num_warps=num_warps(channels_last),
                 **LAUNCH_OPTIONS,
             )
     loss = partial.sum(1) / n_elements

@@ -30,7 +30,11 @@ STREAMS = {
 # 16 elements a thread: the key schedule and the addresses are shared by four Philox calls (q_sample on sm_90: 49 SASS
 # instructions an element, 53 with 1024).
 BLOCK_SIZE = 2048
-NUM_WARPS = 4
+
+
+def num_warps(channels_last: bool) -> int:
+    """Warps of a program. A lane that makes its own Philox call holds more: 16 elements a thread would spill."""
+    return 4 if channels_last else 8
 
 
 @triton.jit
@@ -168,7 +172,7 @@ def _normal_op(
             STREAM=stream,
             CHANNELS_LAST=is_channels_last(out),
             BLOCK_SIZE=BLOCK_SIZE,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(is_channels_last(out)),
             **LAUNCH_OPTIONS,
         )
     return out

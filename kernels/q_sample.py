@@ -8,13 +8,13 @@ from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, 
 from fastdiff.kernels.layout import element_offset, empty, in_lane_order, is_channels_last, merge_strides
 from fastdiff.kernels.philox import (
     BLOCK_SIZE,
-    NUM_WARPS,
     STREAMS,
     noise_counters,
     noise_key,
     normal_at,
     normal_block,
     normal_ref,
+    num_warps,
 )
 
 
@@ -136,7 +136,7 @@ def _q_sample_op(
             CHANNELS_LAST=channels_last,
             INPUTS_DENSE=all(in_lane_order(tensor, channels_last) for tensor in inputs),
             BLOCK_SIZE=BLOCK_SIZE,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(channels_last),
             **LAUNCH_OPTIONS,
         )
     return out
