@@ -21,7 +21,7 @@ class Grid:
     At point i a solver's state is alpha[i] * x0 + sigma[i] * eps. That is the process' own x, or for an exploding grid
     x / alpha with alpha[i] = 1. (An exploding grid keeps x itself on a flow schedule, which is walked on its straight
     path, and at a point with alpha = 0, where x / alpha does not exist: a step may change from one to the other.)
-    Every walk ends at alpha = 1, sigma = 0.
+    A walk normally ends at alpha = 1, sigma = 0.
 
     Attributes:
         alpha, sigma: [n + 1].
@@ -58,33 +58,87 @@ class Grid:
         clip_sample: float | None,
         guidance_scale: float | None,
         guidance_interval: tuple[float, float] | None,
+        end: tuple[float, float] = (1.0, 0.0),
     ) -> Grid:
-        """The grid over points alpha, sigma [n] of the process, at possibly fractional training timesteps [n]."""
+        """The grid over points alpha, sigma [n] of the process, at possibly fractional training timesteps [n].
+
+        Args:
+            end: (alpha, sigma) of the process at the end of the walk.
+        """
         index = np.asarray(timesteps, dtype=np.float64)
-        target_x0, target_eps = prediction_target(prediction_type, alpha, sigma, schedule.sigma_data)
-        determinant = alpha * target_eps - sigma * target_x0
+        alphas, sigmas = np.append(alpha, end[0]), np.append(sigma, end[1])
+        # state = x / divisor
+        divisor = np.where(alphas > 0, alphas, 1.0) if exploding and schedule.kind != "flow" else np.ones_like(alphas)
+        alphas, sigmas = alphas / divisor, sigmas / divisor
+        scale = model_input_scale(prediction_type, alpha, sigma, schedule.sigma_data)
+        return cls.from_points(
+            alphas,
+            sigmas,
+            schedule.condition(prediction_type, index, alpha, sigma),
+            prediction_type=prediction_type,
+            c_in=scale * divisor[:-1],
+            sigma_data=schedule.sigma_data,
+            clip_sample=clip_sample,
+            guidance_scale=_guidance(guidance_scale, guidance_interval, index / schedule.num_train_timesteps),
+            gradient_unit=divisor[:-1],
+            init_noise_sigma=1.0 if schedule.kind == "vp" and not exploding else float(sigmas[0]),
+        )
+
+    @classmethod
+    def from_points(
+        cls,
+        alpha: FloatArray,
+        sigma: FloatArray,
+        t: ArrayLike,
+        *,
+        prediction_type: str,
+        c_in: ArrayLike | None = None,
+        sigma_data: float = 0.5,
+        clip_sample: float | None = None,
+        guidance_scale: ArrayLike = 1.0,
+        gradient_unit: ArrayLike = 1.0,
+        init_noise_sigma: float = 1.0,
+    ) -> Grid:
+        """A grid from the state's own points, the end included.
+
+        Args:
+            alpha, sigma: [n + 1] of the state.
+            t: [n] the model's conditioning.
+            c_in: [n] scale of the state that makes it the model's input; None: the prediction type's own.
+            guidance_scale: of every row, or [n].
+            gradient_unit: process' x over state; a classifier's gradient is taken in the process' x.
+
+        Raises:
+            ValueError: the prediction type does not determine x0 at one of the points.
+        """
+        alpha, sigma = np.asarray(alpha, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+        condition = np.asarray(t, dtype=np.float64)
+        at, sd = alpha[:-1], sigma[:-1]
+        target_x0, target_eps = prediction_target(prediction_type, at, sd, sigma_data)
+        determinant = at * target_eps - sd * target_x0
         if not determinant.all():
-            where = index[determinant == 0][0]
+            where = condition[determinant == 0][0]
             raise ValueError(
                 f"prediction_type={prediction_type!r} does not determine x0 at timestep {where:g}, where alpha = 0 "
                 "(zero signal-to-noise ratio): use a model with another prediction type, or a timestep_spacing such as "
                 "'leading' that leaves this timestep out"
             )
-        # state = x / divisor
-        divisor = np.where(alpha > 0, alpha, 1.0) if exploding and schedule.kind != "flow" else np.ones_like(alpha)
-        eps_from_model = alpha / determinant
+        eps_from_model = at / determinant
+        gradient_scale = -sd * np.asarray(gradient_unit) / np.where(at > 0, eps_from_model, 1)
+        if c_in is None:
+            c_in = model_input_scale(prediction_type, at, sd, sigma_data)
         return cls(
-            alpha=np.append(alpha / divisor, 1.0),
-            sigma=np.append(sigma / divisor, 0.0),
-            t=schedule.condition(prediction_type, index, alpha, sigma),
-            c_in=model_input_scale(prediction_type, alpha, sigma, schedule.sigma_data) * divisor,
-            x0_from=np.stack([target_eps / determinant * divisor, -sigma / determinant], axis=1),
-            eps_from=np.stack([-target_x0 / determinant * divisor, eps_from_model], axis=1),
+            alpha=alpha,
+            sigma=sigma,
+            t=condition,
+            c_in=np.broadcast_to(np.asarray(c_in, dtype=np.float64), at.shape),
+            x0_from=np.stack([target_eps / determinant, -sd / determinant], axis=1),
+            eps_from=np.stack([-target_x0 / determinant, eps_from_model], axis=1),
             # eps - sigma * gradient (Dhariwal and Nichol 2021, algorithm 2); at alpha = 0 the gradient is zero.
-            gradient_scale=np.where(alpha > 0, -sigma / np.where(alpha > 0, eps_from_model, 1), 0),
-            guidance_scale=_guidance(guidance_scale, guidance_interval, index / schedule.num_train_timesteps),
+            gradient_scale=np.where(at > 0, gradient_scale, 0),
+            guidance_scale=np.broadcast_to(np.asarray(guidance_scale, dtype=np.float64), at.shape),
             lim=_clip_range(clip_sample),
-            init_noise_sigma=1.0 if schedule.kind == "vp" and not exploding else float(sigma[0] / divisor[0]),
+            init_noise_sigma=init_noise_sigma,
         )
 
     def __len__(self) -> int:
