@@ -1,0 +1,319 @@
+"""What the façades of diffusers' schedulers share: packed rows, timesteps known on the host, noise, one fused step.
+
+A façade subclasses diffusers' scheduler and replaces its `step`; configuration, timesteps and outputs stay diffusers'.
+Its rows come from the engine's solvers in float64 and are packed once for each `set_timesteps`. A step then looks up
+its row on the host and runs one op. No step synchronises with a device: the timesteps are copied to the host when
+`set_timesteps` sets them, and a timestep that is a view of them is known by its address. Only the first step of a walk
+with another device tensor and without `set_begin_index` reads that tensor, as the original does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastdiff.compat.diffusers.threshold import dynamic_threshold
+from fastdiff.compat.packed_rows import pack_rows
+from fastdiff.kernels.solver_step import solver_step
+from fastdiff.noise import normal
+from fastdiff.table import Row
+
+MAX_TABLES = 16
+Timestep = int | float | Tensor
+
+
+class RowTable:
+    """Rows packed in float64, and their copies on devices.
+
+    Attributes:
+        index: row number by timestep, for the timesteps given; of a repeated one the last.
+        reads: for each row the earlier rows whose remembered values it reads, newest first.
+    """
+
+    def __init__(self, rows: Sequence[Row], timesteps: Sequence[float] = ()) -> None:
+        floats, self.reads = pack_rows(rows)
+        bad = np.isnan(floats).any(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"row {int(bad.argmax())} has a coefficient that is NaN: this solver cannot walk this grid"
+            )
+        self._floats = torch.from_numpy(floats)
+        self._timesteps = list(timesteps)
+        self.index = {t: i for i, t in enumerate(timesteps)}
+        self.draws = [row.draws for row in rows]
+        self._on: dict[Hashable, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._keys: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The packed rows for states of a dtype, and int64 [1] tensors with the number of each row."""
+        packed = self._on.get((device, dtype))
+        if packed is None:
+            floats = self._floats.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+            packed = self._on[device, dtype] = floats, torch.arange(len(floats), device=device).split(1)
+        return packed
+
+    def rows_of(self, timesteps: Tensor, device: torch.device) -> Tensor:
+        """int64 [B] the row of each timestep [B], -1 for one that is not in the table."""
+        if device not in self._keys:
+            self._keys[device] = torch.tensor(self._timesteps, dtype=torch.float64, device=device)
+        hits = timesteps.to(device)[:, None] == self._keys[device]
+        return hits.byte().argmax(1).masked_fill(~hits.any(1), -1)
+
+
+class FusedScheduler:
+    """Comes before diffusers' scheduler among the bases of a façade.
+
+    Class attributes:
+        row_sources: names of the tensors that rows are made of; another tensor under one of the names remakes the rows.
+        per_sample: `step` also takes a timestep [B], one for each sample.
+    """
+
+    row_sources: tuple[str, ...] = ("timesteps", "alphas_cumprod")
+    per_sample = True
+
+    # of diffusers' scheduler
+    config: Any
+    _step_index: int | None
+    _begin_index: int | None
+    _init_step_index: Callable[[Any], None]
+
+    _noise_contract: tuple[int | Tensor, Tensor | None] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # the module that a saved pipeline names: it has SchedulerMixin, by which the pipeline loader knows a scheduler
+        package = __name__.rpartition(".")[0]
+        if cls.__module__.startswith(package + "."):
+            cls.__module__ = package
+
+    # A property, so that each set_timesteps (and each assignment) leaves a copy on the host and no stale rows.
+    @property
+    def timesteps(self) -> Tensor:
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        self._timesteps = value
+        self._listed: list[float] = value.tolist()
+        self._place = {t: i for i, t in enumerate(self._listed)}
+        self._tables: dict[Hashable, RowTable] = {}
+        self._tables_of: tuple[Any, ...] = ()
+
+    def use_noise_contract(self, seed: int | Tensor | None, sample_indices: Tensor | None = None) -> None:
+        """Draw the noise of steps from `fastdiff.noise` instead of a generator: the same on every device, in any batch.
+
+        The noise of a sample depends on its seed, its index and the position of the timestep in `timesteps`.
+
+        Args:
+            seed: int in [0, 2^63), int64 [B] with one a sample, or None to go back to generators.
+            sample_indices: int64 [B]; 0..B-1 by default.
+        """
+        self._noise_contract = None if seed is None else (seed, sample_indices)
+
+    def _accept(self, option: str, accepted: Sequence[Any]) -> None:
+        """ValueError unless the configuration's option is one of those accepted; for use in `__init__`."""
+        value = getattr(self.config, option)
+        if value not in accepted:
+            names = ", ".join(repr(one) for one in accepted)
+            raise ValueError(f"{option} is {value!r}, {type(self).__name__} accepts {names}")
+
+    def _table(self, key: Hashable, build: Callable[[], RowTable]) -> RowTable:
+        """The table of some options of `step`, built when it is first needed or what it is made of has changed."""
+        sources = tuple([getattr(self, name) for name in self.row_sources])
+        if len(sources) != len(self._tables_of) or any(a is not b for a, b in zip(sources, self._tables_of)):
+            self._tables, self._tables_of = {}, sources
+        tables = self._tables
+        table = tables.get(key)
+        if table is None:
+            if len(tables) >= MAX_TABLES:
+                tables.clear()
+            table = tables[key] = build()
+        return table
+
+    def _known(self, timestep: Timestep) -> float | None:
+        """A scalar timestep as a Python number, None where only the device knows it."""
+        if not isinstance(timestep, Tensor):
+            if isinstance(timestep, float) and self._timesteps.dtype == torch.float32:
+                return float(np.float32(timestep))
+            return timestep
+        if timestep.device.type == "cpu":
+            return timestep.item()
+        listed = self._timesteps
+        if timestep.device == listed.device and timestep.dtype == listed.dtype:
+            place, rest = divmod(timestep.data_ptr() - listed.data_ptr(), listed.element_size())
+            if rest == 0 and 0 <= place < len(self._listed):
+                return self._listed[place]
+        return None
+
+    def _is_vector(self, timestep: Timestep, sample: Tensor) -> bool:
+        """True for a timestep a sample; ValueError where this scheduler takes one for the batch or the shape is off."""
+        if not isinstance(timestep, Tensor) or timestep.ndim == 0 or timestep.numel() == 1:
+            return False
+        if not self.per_sample:
+            raise ValueError(
+                f"timestep has the shape {list(timestep.shape)}: {type(self).__name__} remembers earlier steps and takes "
+                "one timestep for the batch"
+            )
+        if timestep.shape != sample.shape[:1]:
+            raise ValueError(
+                f"timestep must be a scalar or [{sample.shape[0]}], one a sample, got {list(timestep.shape)}"
+            )
+        return True
+
+    def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
+        """Where a timestep stands among the timesteps; of a repeated one the second place (as in diffusers).
+
+        Raises:
+            IndexError: it is not one of them.
+        """
+        if schedule_timesteps is None or schedule_timesteps is self._timesteps:
+            known, listed = self._known(timestep), self._listed
+        else:
+            known, listed = None, schedule_timesteps.tolist()
+        if known is None:
+            known = timestep.item() if isinstance(timestep, Tensor) else timestep
+        places = [i for i, t in enumerate(listed) if t == known]
+        return places[1 if len(places) > 1 else 0]
+
+    def _locate(self, timestep: Timestep) -> int:
+        """The step index of a scalar timestep: its place where it is listed once, else where the walk has come to.
+
+        Unlike the original's counter this lets calls from several threads share a scheduler.
+        """
+        known = self._known(timestep)
+        place = self._place.get(known) if known is not None and len(self._place) == len(self._listed) else None
+        if place is None:
+            if self._step_index is None:
+                self._init_step_index(timestep)
+            place = self._step_index
+            assert place is not None
+        self._step_index = place
+        return place
+
+    def _noise(
+        self,
+        like: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        position: int | Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Step noise: as diffusers draws it, or by the noise contract, with the step's position as the draw.
+
+        Raises:
+            ValueError: a generator under `use_noise_contract`, or a timestep that is not listed.
+        """
+        dtype = like.dtype if dtype is None else dtype
+        if self._noise_contract is None:
+            return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+        if generator is not None:
+            raise ValueError("generator must be None under use_noise_contract, which draws the noise from its seed")
+        seed, sample_indices = self._noise_contract
+        memory_format = torch.contiguous_format if like.is_contiguous() else torch.channels_last
+        noise = normal(
+            tuple(like.shape),
+            seed=seed,
+            sample_indices=sample_indices,
+            draw=position,
+            device=like.device,
+            memory_format=memory_format,
+        )
+        return noise.to(dtype)
+
+    def _run(
+        self,
+        table: RowTable,
+        row: int | Tensor,
+        model_output: Tensor,
+        sample: Tensor,
+        *,
+        history: Sequence[Tensor] = (),
+        noise: Tensor | None = None,
+        thresholding: bool = False,
+        remember: bool = False,
+        return_x0: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """One row on a batch: `solver_step`, after the reduction that finds the dynamic threshold where it is on."""
+        floats, numbers = table.on(sample.device, sample.dtype)
+        number = numbers[row] if isinstance(row, int) else row
+        threshold = None
+        if thresholding:
+            config = self.config
+            threshold = dynamic_threshold(
+                sample, model_output, floats, number, config.dynamic_thresholding_ratio, config.sample_max_value
+            )
+        return solver_step(
+            sample,
+            model_output,
+            floats,
+            number,
+            history=history,
+            noise=noise,
+            threshold=threshold,
+            remember=remember,
+            return_x0=return_x0,
+            out_dtype=out_dtype,
+        )
+
+
+class MultistepScheduler(FusedScheduler):
+    """A façade that remembers one value a step: diffusers' per-instance state, `model_outputs` with the newest last.
+
+    A subclass gives `_rows_for_walk`; every row must remember (a non-zero ux, u0 or um), and the value of a row is what
+    the original keeps in `model_outputs`.
+    """
+
+    row_sources = ("timesteps", "sigmas")
+    per_sample = False
+    model_outputs: list[Tensor | None]
+    _walk_begin = 0
+
+    def _rows_for_walk(self, begin: int) -> list[Row]:
+        """One row for each of `timesteps[begin:]`, of a walk that starts there without history."""
+        raise NotImplementedError
+
+    def _walk(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *,
+        noise: Tensor | None = None,
+        thresholding: bool = False,
+        return_x0: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """One step of the walk: `_run` of its next row, the state moved on. Noise must be drawn before, at `_next`."""
+        index = self._next(timestep, sample)
+        table = self._table(self._walk_begin, lambda: RowTable(self._rows_for_walk(self._walk_begin)))
+        row = index - self._walk_begin
+        history = [self.model_outputs[source - row] for source in table.reads[row]]
+        *results, value = self._run(
+            table,
+            row,
+            model_output,
+            sample,
+            history=history,  # type: ignore[arg-type]
+            noise=noise,
+            thresholding=thresholding,
+            remember=True,
+            return_x0=return_x0,
+            out_dtype=out_dtype,
+        )
+        self.model_outputs = [*self.model_outputs[1:], value]
+        self._step_index = index + 1
+        return results
+
+    def _next(self, timestep: Timestep, sample: Tensor) -> int:
+        """The step index of the step to take; the first one of a walk begins it."""
+        self._is_vector(timestep, sample)
+        if self._step_index is None:
+            self._init_step_index(timestep)
+            assert self._step_index is not None
+            self._walk_begin = self._step_index
+        return self._step_index
