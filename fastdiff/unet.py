@@ -102,7 +102,7 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """The U-Net of the DDPM and ADM family. Weights are channels-last, and so is the output for any input layout.
 
-    `null_class`: the label that means "no class" (num_classes), or None for an unconditional model.
+    `null_class`: the label that means "no class" (num_classes), or None for a model without it.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -118,7 +118,7 @@ class UNet(nn.Module):
         )
         self.class_embedding: nn.Embedding | None = None
         if config.num_classes is not None:
-            self.class_embedding = nn.Embedding(config.num_classes + 1, embedding_channels)
+            self.class_embedding = nn.Embedding(config.num_class_embeddings, embedding_channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels, kernel_size=3, padding=1)
 
         levels = list(zip(config.level_channels, config.level_resolutions))
@@ -168,8 +168,8 @@ class UNet(nn.Module):
 
     @property
     def null_class(self) -> int | None:
-        """The label that means "no class", None for an unconditional model."""
-        return self.config.num_classes
+        """The label that means "no class", None for a model without classes or without that one."""
+        return self.config.num_classes if self.config.null_class else None
 
     def forward(
         self,
@@ -181,7 +181,8 @@ class UNet(nn.Module):
         """Predict from the noisy images x [B, in_channels, H, W] at timesteps t [B] (integer or floating).
 
         class_labels: int64 or int32 [B] in 0..num_classes, the last being the null class; None means the null class for
-        all. Their range is checked on the CPU only: on a GPU that would synchronise the host with the device.
+        all, and is an error where the model has classes but not that one. Their range is checked on the CPU only: on a
+        GPU that would synchronise the host with the device.
         encoder_hidden_states: [B, S, cross_attention_dim]; needed exactly when the model has cross-attention.
         H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
 
@@ -229,7 +230,10 @@ class UNet(nn.Module):
             raise TypeError(f"t must be a tensor of shape [{batch}], got {type(t).__name__}")
         if t.shape != (batch,):
             raise ValueError(f"t must have shape [{batch}], one timestep per image of x, got {list(t.shape)}")
-        if class_labels is not None:
+        if class_labels is None:
+            if config.num_classes is not None and not config.null_class:
+                raise ValueError("class_labels are needed by a model without a null class (null_class=False), got None")
+        else:
             if config.num_classes is None:
                 raise ValueError("class_labels must be None for a model without classes (num_classes=None), got labels")
             if class_labels.shape != (batch,) or class_labels.dtype not in (torch.int64, torch.int32):
@@ -240,8 +244,9 @@ class UNet(nn.Module):
             # torch.compile cannot branch on values
             if class_labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
                 low, high = class_labels.aminmax()
-                if low < 0 or high > config.num_classes:
-                    raise ValueError(f"class_labels must be in [0, {config.num_classes}], got {class_labels.tolist()}")
+                last = config.num_class_embeddings - 1
+                if low < 0 or high > last:
+                    raise ValueError(f"class_labels must be in [0, {last}], got {class_labels.tolist()}")
         dim = config.cross_attention_dim
         if dim is None:
             if encoder_hidden_states is not None:

@@ -22,7 +22,8 @@ class UNetConfig:
     attention_resolutions: sizes with self-attention after each residual block (the middle always has it).
     num_heads or num_head_channels: heads of every attention, or channels per head; neither: one head.
     dropout: probability, in [0, 1), inside the residual blocks.
-    num_classes: None, or the number of classes; label `num_classes` is then the null class.
+    num_classes: None, or the number of classes.
+    null_class: with classes, whether label `num_classes` exists and means "no class".
     cross_attention_dim: None, or the channels D of a sequence that every attention also attends to.
     use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block; else it is added.
     resblock_updown: resample inside residual blocks (ADM) instead of by strided and upsampled convs (DDPM).
@@ -43,6 +44,7 @@ class UNetConfig:
     num_head_channels: int | None = None
     dropout: float = 0.0
     num_classes: int | None = None
+    null_class: bool = True
     cross_attention_dim: int | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
@@ -76,6 +78,8 @@ class UNetConfig:
         for name in ("num_heads", "num_head_channels", "num_classes", "cross_attention_dim"):
             if getattr(self, name) is not None:
                 _require_positive_int(name, getattr(self, name))
+        if not isinstance(self.null_class, bool):
+            raise ValueError(f"null_class must be True or False, got {self.null_class!r}")
         self._validate_ranges()
         self._validate_divisibility()
 
@@ -118,6 +122,11 @@ class UNetConfig:
                 value = getattr(self, name)
                 if value is not None and channels % value:
                     raise ValueError(f"{name} must divide the {channels} channels of an attention, got {value}")
+
+    @property
+    def num_class_embeddings(self) -> int:
+        """The classes and, where there is one, the null class; 0 for an unconditional model."""
+        return 0 if self.num_classes is None else self.num_classes + self.null_class
 
     @property
     def level_channels(self) -> tuple[int, ...]:

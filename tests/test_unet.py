@@ -135,6 +135,19 @@ def test_no_labels_means_the_null_class(unet: UNet) -> None:
     assert difference.abs().max() > 0.01
 
 
+def test_classes_without_a_null_class() -> None:
+    unet = make_unet(null_class=False)
+    assert unet.null_class is None
+    assert unet.class_embedding is not None
+    assert len(unet.class_embedding.weight) == 5
+    inputs = make_inputs()
+    assert unet(**{**inputs, "class_labels": torch.tensor([0, 4, 2])}).shape == (3, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"class_labels must be in \[0, 4\], got \[5, 0, 1\]"):
+        unet(**{**inputs, "class_labels": torch.tensor([5, 0, 1])})
+    with pytest.raises(ValueError, match="class_labels are needed by a model without a null class"):
+        unet(**{**inputs, "class_labels": None})
+
+
 def test_unconditional_model_has_no_null_class() -> None:
     unet = make_unet(num_classes=None)
     assert unet.null_class is None

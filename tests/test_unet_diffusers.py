@@ -1,7 +1,5 @@
 """Configured accordingly, the UNet equals diffusers' UNet2DModel with the same weights."""
 
-import re
-
 import pytest
 import torch
 
@@ -9,18 +7,7 @@ from fastdiff.unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
-# What UNet2DModel calls the modules of ours; the three attention projections are merged separately.
-RENAMES = (
-    (r"(down_blocks|up_blocks)\.(\d+)\.resnets\.(\d+)\.", r"\1.\2.layers.\3.resnet."),
-    (r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.", r"\1.\2.layers.\3.attention."),
-    (r"mid_block\.resnets\.(\d+)\.", r"mid_layers.\1.resnet."),
-    (r"mid_block\.attentions\.0\.", r"mid_layers.0.attention."),
-    (r"\.downsamplers\.0\.", ".downsample."),
-    (r"\.upsamplers\.0\.", ".upsample."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_out\.0\.", ".proj_out."),
-    (r"^conv_norm_out\.", "norm_out."),
-)
+from fastdiff.compat.diffusers.unet import load_diffusers_unet, to_diffusers_unet  # noqa: E402
 
 DDPM = UNetConfig(
     sample_size=16,
@@ -78,31 +65,17 @@ def diffusers_model(config: UNetConfig) -> torch.nn.Module:
     )
 
 
-def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a UNet2DModel under our names."""
-    converted = {}
-    for name, value in state.items():
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = value
-    for name in [name for name in converted if ".to_q." in name]:
-        parts = [converted.pop(name.replace(".to_q.", f".to_{part}.")) for part in "qkv"]
-        converted[name.replace(".to_q.", ".qkv.")] = torch.cat(parts)
-    return converted
-
-
 @pytest.mark.parametrize("config", [DDPM, ADM, ADM_RESBLOCK_UPDOWN], ids=["ddpm", "adm", "adm_resblock_updown"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_equals_unet2dmodel_with_the_same_weights(config: UNetConfig, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     theirs = diffusers_model(config).eval()
-    ours = UNet(config).eval()
     # Nothing may stay zero or one: every weight of every layer must count.
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    ours.load_state_dict(convert(theirs.state_dict()), strict=True)
-    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    ours, theirs = load_diffusers_unet(theirs, null_class=config.num_classes is not None).to(dtype), theirs.to(dtype)
+    assert ours.config == config
 
     x = torch.randn(3, config.in_channels, 16, 16, dtype=dtype)
     t = torch.tensor([0, 17, 999])
@@ -121,5 +94,5 @@ def test_cifar10_preset_takes_the_weights_of_the_ddpm_cifar10_layout() -> None:
     with torch.device("meta"):
         ours = UNet.preset("cifar10")
         theirs = diffusers_model(ours.config)
-    shapes = {name: value.shape for name, value in convert(theirs.state_dict()).items()}
-    assert shapes == {name: value.shape for name, value in ours.state_dict().items()}
+        shapes = {name: value.shape for name, value in to_diffusers_unet(ours).state_dict().items()}
+    assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
