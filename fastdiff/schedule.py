@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fastdiff.prediction import FloatArray, check_prediction_type, model_input_scale, prediction_target
-from fastdiff.spacing import SIGMA_SPACINGS, karras_sigmas
+from fastdiff.spacing import SIGMA_SPACINGS, exponential_sigmas, karras_sigmas
 
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
@@ -218,6 +218,14 @@ class NoiseSchedule:
             return np.ones_like(level), level
         return 1 / np.hypot(1, level), 1 / np.hypot(1, 1 / level)
 
+    def nearest(self, alpha: ArrayLike, sigma: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """(alpha, sigma) of this kind of process with the signal-to-noise ratio of the given ones, of any scale."""
+        alpha, sigma = np.asarray(alpha, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+        if self.kind == "edm" and not alpha.all():
+            raise ValueError("an edm schedule has alpha = 1: no point of it has alpha = 0")
+        scale = {"vp": np.hypot(alpha, sigma), "flow": alpha + sigma, "edm": alpha}[self.kind]
+        return alpha / scale, sigma / scale
+
     def at(self, timesteps: ArrayLike) -> tuple[FloatArray, FloatArray]:
         """(alpha, sigma) at timesteps in [0, N - 1]; between two of them the noise level is interpolated linearly."""
         index = np.asarray(timesteps, dtype=np.float64)
@@ -243,6 +251,7 @@ class NoiseSchedule:
         steps_offset: int = 0,
         extra_point: bool = False,
         rounded: bool = True,
+        original_inference_steps: int | None = None,
     ) -> NDArray[Any]:
         """Training timesteps [num_inference_steps] from most to least noise (Lin et al. 2024, table 2).
 
@@ -254,9 +263,19 @@ class NoiseSchedule:
             extra_point: lay out one point more and leave out the last, as DPM-Solver does for "linspace" and "leading";
                 with num_inference_steps = N there is no further timestep and all N are taken.
             rounded: int64 timesteps; False keeps "linspace" fractional (float64), as k-diffusion does.
+            original_inference_steps: take every so manieth timestep of a walk of this many steps, at least
+                num_inference_steps: models distilled from such a walk know no others (Luo et al. 2023, section 4.3).
         """
         total, steps = self.num_train_timesteps, num_inference_steps
         _check_steps(steps, total)
+        if original_inference_steps is not None:
+            if steps > original_inference_steps:
+                raise ValueError(
+                    f"num_inference_steps is {steps}, accepted are 1 to original_inference_steps = "
+                    f"{original_inference_steps}"
+                )
+            all_of_them = self.timesteps(original_inference_steps, spacing, steps_offset=steps_offset, rounded=rounded)
+            return all_of_them[np.arange(steps) * original_inference_steps // steps]
         if spacing not in get_args(TimestepSpacing):
             raise ValueError(f"timestep_spacing is {spacing!r}, accepted are {', '.join(get_args(TimestepSpacing))}")
         points = steps + 1 if extra_point and steps < total else steps
@@ -282,7 +301,7 @@ class NoiseSchedule:
     ) -> FloatArray:
         """Noise levels [num_inference_steps], falling, over the schedule's range or [sigma_min, sigma_max].
 
-        spacing is "karras", "exponential" or "beta": see `fastdiff.spacing`.
+        spacing is "karras", "exponential", "beta" or "logsnr": see `fastdiff.spacing`.
         """
         _check_steps(num_inference_steps, self.num_train_timesteps)
         if spacing not in SIGMA_SPACINGS:
@@ -292,10 +311,15 @@ class NoiseSchedule:
         if not math.isfinite(high):
             raise ValueError(
                 f"sigma_spacing={spacing!r} needs a finite largest noise level, but alpha = 0 at the last timestep; "
-                "use a timestep spacing"
+                "use a timestep spacing or give sigma_max"
             )
         if not 0 < low <= high:
             raise ValueError(f"sigma_min={low} and sigma_max={high} are not 0 < sigma_min <= sigma_max")
+        if spacing == "logsnr" and self.kind == "flow":
+            if high >= 1:
+                raise ValueError("sigma_spacing='logsnr' needs alpha > 0 everywhere: give a sigma_max below 1")
+            ratio = exponential_sigmas(low / (1 - low), high / (1 - high), num_inference_steps)
+            return ratio / (1 + ratio)
         return SIGMA_SPACINGS[spacing](low, high, num_inference_steps)
 
     def condition(self, prediction_type: str, timesteps: ArrayLike, alpha: FloatArray, sigma: FloatArray) -> FloatArray:

@@ -37,4 +37,11 @@ def beta_quantile(probability: ArrayLike, a: float = 0.6) -> NDArray[np.float64]
     return np.where(p <= 0.5, low, 1 - low)
 
 
-SIGMA_SPACINGS = {"karras": karras_sigmas, "exponential": exponential_sigmas, "beta": beta_sigmas}
+# Even in the log signal-to-noise ratio (Lu et al. 2022) means even in ln(sigma / alpha), the exponential spacing where
+# noise levels are sigma / alpha; `NoiseSchedule.sigmas` converts those of a flow schedule.
+SIGMA_SPACINGS = {
+    "karras": karras_sigmas,
+    "exponential": exponential_sigmas,
+    "beta": beta_sigmas,
+    "logsnr": exponential_sigmas,
+}

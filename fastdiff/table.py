@@ -61,6 +61,7 @@ class Row:
     draws: bool = False
     stream: str = "step"
     ev: bool = True
+    at: tuple[float, float] | None = None
 
 
 def _allocate_slots(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +107,7 @@ class StepTable:
         ev: bool [R] the row evaluates the model.
         init_noise_sigma: a walk from pure noise starts at init_noise_sigma * unit noise.
         start: (alpha, sigma) of the first point: a walk from an image starts at alpha * image + sigma * unit noise.
+        end: (alpha, sigma) of the last point, (1, 0) for a walk to clean data.
     """
 
     columns: dict[str, np.ndarray]
@@ -116,10 +118,16 @@ class StepTable:
     ev: np.ndarray
     init_noise_sigma: float = 1.0
     start: tuple[float, float] = (0.0, 1.0)
+    end: tuple[float, float] = (1.0, 0.0)
 
     @classmethod
     def from_rows(
-        cls, rows: Iterable[Row], *, init_noise_sigma: float = 1.0, start: tuple[float, float] = (0.0, 1.0)
+        cls,
+        rows: Iterable[Row],
+        *,
+        init_noise_sigma: float = 1.0,
+        start: tuple[float, float] = (0.0, 1.0),
+        end: tuple[float, float] = (1.0, 0.0),
     ) -> "StepTable":
         """Pack rows: assign history slots and number the draws.
 
@@ -149,6 +157,7 @@ class StepTable:
             ev=np.array([row.ev for row in rows]),
             init_noise_sigma=float(init_noise_sigma),
             start=start,
+            end=end,
         )
 
     def __len__(self) -> int:

@@ -15,6 +15,20 @@ from fastdiff.table import Row
 
 
 @dataclass(frozen=True, kw_only=True)
+class Process:
+    """The process a grid's points belong to, from which follows what the model does at further ones."""
+
+    schedule: NoiseSchedule
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+
+    def guidance(self, timesteps: FloatArray) -> FloatArray:
+        """The guidance scale at training timesteps."""
+        fraction = timesteps / self.schedule.num_train_timesteps
+        return _guidance(self.guidance_scale, self.guidance_interval, fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """Points i = 0..n-1 at which the model is evaluated, from most to least noise, and the end i = n.
 
@@ -26,24 +40,33 @@ class Grid:
     Attributes:
         alpha, sigma: [n + 1].
         t, c_in: [n] the model's conditioning, and the scale that makes the state its input.
+        target: [n, 2] what the model predicts, coefficients of x0 and eps.
         x0_from, eps_from: [n, 2] coefficients of the state and of the model's output in x0 and in eps.
         gradient_scale: [n] coefficient, in the model's output, of a classifier's gradient in the process' x.
         guidance_scale: [n].
         lim: x0 is clipped to [-lim, lim].
+        prediction_type, sigma_data: of the model.
         init_noise_sigma: factor of the unit noise that the walk starts from: 1 for a variance-preserving state
             (x_T ~ N(0, I), Ho et al. 2020), else sigma[0].
+        process, timesteps: the schedule's part in the grid, and the points' possibly fractional training timesteps [n];
+            None for a grid of bare points, which knows no others.
     """
 
     alpha: FloatArray
     sigma: FloatArray
     t: FloatArray
     c_in: FloatArray
+    target: FloatArray
     x0_from: FloatArray
     eps_from: FloatArray
     gradient_scale: FloatArray
     guidance_scale: FloatArray
     lim: float
+    prediction_type: str
+    sigma_data: float
     init_noise_sigma: float
+    process: Process | None = None
+    timesteps: FloatArray | None = None
 
     @classmethod
     def over(
@@ -71,6 +94,7 @@ class Grid:
         divisor = np.where(alphas > 0, alphas, 1.0) if exploding and schedule.kind != "flow" else np.ones_like(alphas)
         alphas, sigmas = alphas / divisor, sigmas / divisor
         scale = model_input_scale(prediction_type, alpha, sigma, schedule.sigma_data)
+        process = Process(schedule=schedule, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
         return cls.from_points(
             alphas,
             sigmas,
@@ -79,9 +103,11 @@ class Grid:
             c_in=scale * divisor[:-1],
             sigma_data=schedule.sigma_data,
             clip_sample=clip_sample,
-            guidance_scale=_guidance(guidance_scale, guidance_interval, index / schedule.num_train_timesteps),
+            guidance_scale=process.guidance(index),
             gradient_unit=divisor[:-1],
             init_noise_sigma=1.0 if schedule.kind == "vp" and not exploding else float(sigmas[0]),
+            process=process,
+            timesteps=index,
         )
 
     @classmethod
@@ -98,6 +124,8 @@ class Grid:
         guidance_scale: ArrayLike = 1.0,
         gradient_unit: ArrayLike = 1.0,
         init_noise_sigma: float = 1.0,
+        process: Process | None = None,
+        timesteps: FloatArray | None = None,
     ) -> Grid:
         """A grid from the state's own points, the end included.
 
@@ -107,6 +135,7 @@ class Grid:
             c_in: [n] scale of the state that makes it the model's input; None: the prediction type's own.
             guidance_scale: of every row, or [n].
             gradient_unit: process' x over state; a classifier's gradient is taken in the process' x.
+            process, timesteps: as in the attributes, for solvers that evaluate the model between the points.
 
         Raises:
             ValueError: the prediction type does not determine x0 at one of the points.
@@ -115,16 +144,8 @@ class Grid:
         condition = np.asarray(t, dtype=np.float64)
         at, sd = alpha[:-1], sigma[:-1]
         target_x0, target_eps = prediction_target(prediction_type, at, sd, sigma_data)
-        determinant = at * target_eps - sd * target_x0
-        if not determinant.all():
-            where = condition[determinant == 0][0]
-            raise ValueError(
-                f"prediction_type={prediction_type!r} does not determine x0 at timestep {where:g}, where alpha = 0 "
-                "(zero signal-to-noise ratio): use a model with another prediction type, or a timestep_spacing such as "
-                "'leading' that leaves this timestep out"
-            )
-        eps_from_model = at / determinant
-        gradient_scale = -sd * np.asarray(gradient_unit) / np.where(at > 0, eps_from_model, 1)
+        x0_from, eps_from = _solve(target_x0, target_eps, at, sd, prediction_type, condition)
+        gradient_scale = -sd * np.asarray(gradient_unit) / np.where(at > 0, eps_from[:, 1], 1)
         if c_in is None:
             c_in = model_input_scale(prediction_type, at, sd, sigma_data)
         return cls(
@@ -132,13 +153,53 @@ class Grid:
             sigma=sigma,
             t=condition,
             c_in=np.broadcast_to(np.asarray(c_in, dtype=np.float64), at.shape),
-            x0_from=np.stack([target_eps / determinant, -sd / determinant], axis=1),
-            eps_from=np.stack([-target_x0 / determinant, eps_from_model], axis=1),
+            target=np.stack([target_x0, target_eps], axis=1),
+            x0_from=x0_from,
+            eps_from=eps_from,
             # eps - sigma * gradient (Dhariwal and Nichol 2021, algorithm 2); at alpha = 0 the gradient is zero.
             gradient_scale=np.where(at > 0, gradient_scale, 0),
             guidance_scale=np.broadcast_to(np.asarray(guidance_scale, dtype=np.float64), at.shape),
             lim=_clip_range(clip_sample),
+            prediction_type=prediction_type,
+            sigma_data=sigma_data,
             init_noise_sigma=init_noise_sigma,
+            process=process,
+            timesteps=timesteps,
+        )
+
+    def point(self, alpha: float, sigma: float, *, timestep: float | None = None) -> Grid:
+        """The grid of one further point (alpha, sigma) of the state, of any scale, with the end of this grid.
+
+        Args:
+            timestep: its training timestep; None: that of its signal-to-noise ratio, held inside the schedule.
+
+        Raises:
+            ValueError: a grid of bare points, which does not know the model's conditioning elsewhere; or a prediction
+                type that does not determine x0 there.
+        """
+        if self.process is None:
+            raise ValueError("this grid knows its own points only, and the solver evaluates the model between them")
+        schedule = self.process.schedule
+        own_alpha, own_sigma = schedule.nearest([alpha], [sigma])
+        if timestep is None:
+            index = schedule.timestep_of(own_sigma if schedule.kind == "flow" else own_sigma / own_alpha)
+        else:
+            index = np.array([timestep])
+        # process' x = divisor * state
+        divisor = np.hypot(own_alpha, own_sigma) / math.hypot(alpha, sigma)
+        scale = model_input_scale(self.prediction_type, own_alpha, own_sigma, self.sigma_data)
+        return Grid.from_points(
+            np.append(alpha, self.alpha[-1]),
+            np.append(sigma, self.sigma[-1]),
+            schedule.condition(self.prediction_type, index, own_alpha, own_sigma),
+            prediction_type=self.prediction_type,
+            c_in=scale * divisor,
+            sigma_data=self.sigma_data,
+            clip_sample=None if self.lim == math.inf else self.lim,
+            guidance_scale=self.process.guidance(index),
+            gradient_unit=divisor,
+            process=self.process,
+            timesteps=index,
         )
 
     def __len__(self) -> int:
@@ -150,9 +211,13 @@ class Grid:
         with np.errstate(divide="ignore"):
             return np.log(self.alpha) - np.log(self.sigma)
 
-    def row(self, i: int, **columns: Any) -> Row:
-        """A row that evaluates the model at point i, with the solver's own columns."""
-        px, pm = map(float, self.x0_from[i])
+    def row(self, i: int, *, state: tuple[float, float] | None = None, **columns: Any) -> Row:
+        """A row that evaluates the model at point i, with the solver's own columns.
+
+        Args:
+            state: (alpha, sigma) of the state where it is not yet at point i, whose conditioning the model is told.
+        """
+        px, pm = self._from(i, state)[0]
         point = {
             "t": float(self.t[i]),
             "c_in": float(self.c_in[i]),
@@ -161,14 +226,28 @@ class Grid:
             "lim": self.lim,
             "g": float(self.guidance_scale[i]),
             "mg": float(self.gradient_scale[i]),
+            "at": state or (float(self.alpha[i]), float(self.sigma[i])),
         }
         return Row(**(point | columns))
 
-    def epsilon(self, i: int, *, clipped: bool = False) -> tuple[float, float, float]:
-        """eps at point i as coefficients of (state, x0, model output); clipped: consistent with the clipped x0."""
+    def _from(self, i: int, state: tuple[float, float] | None) -> list[list[float]]:
+        """x0 and eps at point i as coefficients of (state, model output)."""
+        if state is None:
+            return [self.x0_from[i].tolist(), self.eps_from[i].tolist()]
+        where = (np.array([value]) for value in (*self.target[i], *state))
+        return [table[0].tolist() for table in _solve(*where, self.prediction_type, self.t[i : i + 1])]
+
+    def epsilon(
+        self, i: int, *, clipped: bool = False, state: tuple[float, float] | None = None
+    ) -> tuple[float, float, float]:
+        """eps at point i as coefficients of (state, x0, model output); clipped: consistent with the clipped x0.
+
+        state: as in `row`.
+        """
         if clipped:
-            return 1 / float(self.sigma[i]), -float(self.alpha[i] / self.sigma[i]), 0.0
-        from_x, from_m = map(float, self.eps_from[i])
+            alpha, sigma = state or (float(self.alpha[i]), float(self.sigma[i]))
+            return 1 / sigma, -alpha / sigma, 0.0
+        from_x, from_m = self._from(i, state)[1]
         return from_x, 0.0, from_m
 
     def posterior(self, i: int) -> tuple[float, float, float, float]:
@@ -207,6 +286,32 @@ class Grid:
         # The part of the noise that x and x_next share; sigma_next² - up² would cancel where it is small.
         shared = self.alpha[i] * self.sigma[i + 1] / (self.alpha[i + 1] * self.sigma[i])
         return float(self.sigma[i + 1]) * math.hypot(math.sqrt(1 - eta**2), eta * float(shared)), up
+
+
+def _solve(
+    target_x0: FloatArray,
+    target_eps: FloatArray,
+    alpha: FloatArray,
+    sigma: FloatArray,
+    prediction_type: str,
+    condition: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """x0 and eps [n, 2] in terms of state = alpha * x0 + sigma * eps and output = target_x0 * x0 + target_eps * eps."""
+    determinant = alpha * target_eps - sigma * target_x0
+    if not determinant.all():
+        where = np.flatnonzero(determinant == 0)[0]
+        if sigma[where] == 0:
+            raise ValueError(
+                f"prediction_type={prediction_type!r} says nothing about the noise at timestep {condition[where]:g}, "
+                "where sigma = 0: use a model with another prediction type"
+            )
+        raise ValueError(
+            f"prediction_type={prediction_type!r} does not determine x0 at timestep {condition[where]:g}, where "
+            "alpha = 0 (zero signal-to-noise ratio): use a model with another prediction type, or a timestep_spacing "
+            "such as 'leading' that leaves this timestep out"
+        )
+    x0_from = np.stack([target_eps / determinant, -sigma / determinant], axis=1)
+    return x0_from, np.stack([-target_x0 / determinant, alpha / determinant], axis=1)
 
 
 def _clip_range(clip_sample: float | None) -> float:
