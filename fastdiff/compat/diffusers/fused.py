@@ -9,11 +9,14 @@ with another device tensor and without `set_begin_index` reads that tensor, as t
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -27,11 +30,48 @@ MAX_TABLES = 16
 Timestep = int | float | Tensor
 
 
+def result_dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
+    """What arithmetic between the two gives."""
+    if sample.dtype == model_output.dtype:
+        return sample.dtype
+    return torch.promote_types(sample.dtype, model_output.dtype)
+
+
+def _checking(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that also checks the configuration; diffusers reads its options from the original's signature."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._check_config()
+
+    return __init__
+
+
+class Finder:
+    """Finds timesteps among those listed, on the device they are on."""
+
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        self._timesteps = list(timesteps)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def __call__(self, timesteps: Tensor, device: torch.device) -> Tensor:
+        """int64 [B] the place of each of the timesteps [B], -1 for one that is not listed."""
+        listed = self._on.get(device)
+        if listed is None:
+            listed = self._on[device] = torch.tensor(self._timesteps, dtype=torch.float64, device=device)
+        hits = timesteps.to(device)[:, None] == listed
+        return hits.byte().argmax(1).masked_fill(~hits.any(1), -1)
+
+
 class RowTable:
     """Rows packed in float64, and their copies on devices.
 
     Attributes:
+        rows: as they came from the solver.
         index: row number by timestep, for the timesteps given; of a repeated one the last.
+        find: the same for a tensor of timesteps.
+        c_in: of each row the scale that makes the state the model's input.
         reads: for each row the earlier rows whose remembered values it reads, newest first.
     """
 
@@ -39,15 +79,14 @@ class RowTable:
         floats, self.reads = pack_rows(rows)
         bad = np.isnan(floats).any(axis=1)
         if bad.any():
-            raise ValueError(
-                f"row {int(bad.argmax())} has a coefficient that is NaN: this solver cannot walk this grid"
-            )
+            raise ValueError(f"row {int(bad.argmax())} holds a NaN: this solver cannot walk this grid")
         self._floats = torch.from_numpy(floats)
-        self._timesteps = list(timesteps)
+        self.rows = list(rows)
         self.index = {t: i for i, t in enumerate(timesteps)}
-        self.draws = [row.draws for row in rows]
+        self.find = Finder(timesteps)
+        self.c_in = [row.c_in for row in rows]
         self._on: dict[Hashable, tuple[Tensor, tuple[Tensor, ...]]] = {}
-        self._keys: dict[torch.device, Tensor] = {}
+        self._c_in_on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The packed rows for states of a dtype, and int64 [1] tensors with the number of each row."""
@@ -57,12 +96,12 @@ class RowTable:
             packed = self._on[device, dtype] = floats, torch.arange(len(floats), device=device).split(1)
         return packed
 
-    def rows_of(self, timesteps: Tensor, device: torch.device) -> Tensor:
-        """int64 [B] the row of each timestep [B], -1 for one that is not in the table."""
-        if device not in self._keys:
-            self._keys[device] = torch.tensor(self._timesteps, dtype=torch.float64, device=device)
-        hits = timesteps.to(device)[:, None] == self._keys[device]
-        return hits.byte().argmax(1).masked_fill(~hits.any(1), -1)
+    def c_in_on(self, device: torch.device) -> Tensor:
+        """float32 [R + 1] c_in of the rows and, for row -1, NaN."""
+        scales = self._c_in_on.get(device)
+        if scales is None:
+            scales = self._c_in_on[device] = torch.tensor([*self.c_in, math.nan], dtype=torch.float32, device=device)
+        return scales
 
 
 class FusedScheduler:
@@ -71,13 +110,16 @@ class FusedScheduler:
     Class attributes:
         row_sources: names of the tensors that rows are made of; another tensor under one of the names remakes the rows.
         per_sample: `step` also takes a timestep [B], one for each sample.
+        prediction_types: those this façade can honour; (): its configuration has no such option.
     """
 
     row_sources: tuple[str, ...] = ("timesteps", "alphas_cumprod")
     per_sample = True
+    prediction_types: tuple[str, ...] = ()
 
     # of diffusers' scheduler
     config: Any
+    num_inference_steps: int | None
     _step_index: int | None
     _begin_index: int | None
     _init_step_index: Callable[[Any], None]
@@ -90,6 +132,8 @@ class FusedScheduler:
         package = __name__.rpartition(".")[0]
         if cls.__module__.startswith(package + "."):
             cls.__module__ = package
+        if issubclass(cls, SchedulerMixin) and "__init__" not in cls.__dict__:
+            cls.__init__ = _checking(cls.__init__)  # type: ignore[method-assign]
 
     # A property, so that each set_timesteps (and each assignment) leaves a copy on the host and no stale rows.
     @property
@@ -99,7 +143,8 @@ class FusedScheduler:
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
         self._timesteps = value
-        self._listed: list[float] = value.tolist()
+        self._listed: list[Any] = value.tolist()
+        self._find = Finder(self._listed)
         self._place = {t: i for i, t in enumerate(self._listed)}
         self._tables: dict[Hashable, RowTable] = {}
         self._tables_of: tuple[Any, ...] = ()
@@ -115,8 +160,13 @@ class FusedScheduler:
         """
         self._noise_contract = None if seed is None else (seed, sample_indices)
 
+    def _check_config(self) -> None:
+        """Called when a façade was constructed: ValueError for an option that it cannot honour."""
+        if self.prediction_types:
+            self._accept("prediction_type", self.prediction_types)
+
     def _accept(self, option: str, accepted: Sequence[Any]) -> None:
-        """ValueError unless the configuration's option is one of those accepted; for use in `__init__`."""
+        """ValueError unless the configuration's option is one of those accepted."""
         value = getattr(self.config, option)
         if value not in accepted:
             names = ", ".join(repr(one) for one in accepted)
@@ -156,8 +206,8 @@ class FusedScheduler:
             return False
         if not self.per_sample:
             raise ValueError(
-                f"timestep has the shape {list(timestep.shape)}: {type(self).__name__} remembers earlier steps and takes "
-                "one timestep for the batch"
+                f"timestep has the shape {list(timestep.shape)}: {type(self).__name__} remembers earlier steps and "
+                "takes one timestep for the batch"
             )
         if timestep.shape != sample.shape[:1]:
             raise ValueError(
@@ -195,17 +245,45 @@ class FusedScheduler:
         self._step_index = place
         return place
 
+    def _row(self, table: RowTable, timestep: Timestep, sample: Tensor) -> int | Tensor:
+        """The row of a timestep in a table with timesteps: its number, or int64 [1] or [B] where a device finds it.
+
+        Raises:
+            ValueError: a scalar that is not one of the table's, or a vector of another length than the batch.
+        """
+        if not self._is_vector(timestep, sample):
+            known = self._known(timestep)
+            if known is not None:
+                row = table.index.get(known)
+                if row is None:
+                    raise ValueError(f"timestep {known} is not one of the {len(table.index)} that are set")
+                return row
+        assert isinstance(timestep, Tensor)
+        return table.find(timestep.reshape(-1), sample.device)
+
+    def _place_or_find(self, timestep: Timestep, sample: Tensor) -> int | Tensor:
+        """The step index of a scalar timestep (`_locate`), or int64 [B] the places of a timestep a sample."""
+        if self._is_vector(timestep, sample):
+            assert isinstance(timestep, Tensor)
+            return self._find(timestep, sample.device)
+        return self._locate(timestep)
+
+    def _advance(self, place: int | Tensor) -> None:
+        """After a step from a place; timesteps a sample leave the walk's own index alone."""
+        if isinstance(place, int):
+            self._step_index = place + 1
+
     def _noise(
         self,
         like: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
-        position: int | Tensor,
+        timestep: Timestep,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Step noise: as diffusers draws it, or by the noise contract, with the step's position as the draw.
 
         Raises:
-            ValueError: a generator under `use_noise_contract`, or a timestep that is not listed.
+            ValueError: under `use_noise_contract`, a generator, or a timestep that is not listed.
         """
         dtype = like.dtype if dtype is None else dtype
         if self._noise_contract is None:
@@ -213,22 +291,33 @@ class FusedScheduler:
         if generator is not None:
             raise ValueError("generator must be None under use_noise_contract, which draws the noise from its seed")
         seed, sample_indices = self._noise_contract
-        memory_format = torch.contiguous_format if like.is_contiguous() else torch.channels_last
         noise = normal(
             tuple(like.shape),
             seed=seed,
             sample_indices=sample_indices,
-            draw=position,
+            draw=self._position(timestep, like),
             device=like.device,
-            memory_format=memory_format,
+            memory_format=torch.contiguous_format if like.is_contiguous() else torch.channels_last,
         )
         return noise.to(dtype)
+
+    def _position(self, timestep: Timestep, like: Tensor) -> int | Tensor:
+        if not self._is_vector(timestep, like):
+            known = self._known(timestep)
+            if known is not None:
+                place = self._place.get(known)
+                if place is None:
+                    raise ValueError(f"timestep {known} is not one of the {len(self._listed)} that are set")
+                # of a repeated timestep only the walk itself knows which one it has come to
+                return place if len(self._place) == len(self._listed) else self._step_index or 0
+        assert isinstance(timestep, Tensor)
+        return self._find(timestep.reshape(-1), like.device).clamp(min=0).expand(like.shape[0])
 
     def _run(
         self,
         table: RowTable,
         row: int | Tensor,
-        model_output: Tensor,
+        model_output: Tensor | None,
         sample: Tensor,
         *,
         history: Sequence[Tensor] = (),
@@ -243,6 +332,7 @@ class FusedScheduler:
         number = numbers[row] if isinstance(row, int) else row
         threshold = None
         if thresholding:
+            assert model_output is not None
             config = self.config
             threshold = dynamic_threshold(
                 sample, model_output, floats, number, config.dynamic_thresholding_ratio, config.sample_max_value
@@ -288,7 +378,7 @@ class MultistepScheduler(FusedScheduler):
         return_x0: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """One step of the walk: `_run` of its next row, the state moved on. Noise must be drawn before, at `_next`."""
+        """One step of the walk: `_run` of its next row, and the state moved on."""
         index = self._next(timestep, sample)
         table = self._table(self._walk_begin, lambda: RowTable(self._rows_for_walk(self._walk_begin)))
         row = index - self._walk_begin

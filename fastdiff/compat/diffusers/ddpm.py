@@ -1,0 +1,101 @@
+"""diffusers' DDPMScheduler, one fused pass a step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from torch import Tensor
+
+from fastdiff.compat.diffusers.forward_noising import ForwardNoising
+from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, result_dtype
+from fastdiff.solvers.ddpm import ddpm
+from fastdiff.solvers.grid import Grid
+
+# diffusers clamps the posterior's variance from below, and so has noise of this variance on a last step with t > 0
+MIN_VARIANCE = 1e-20
+
+
+class FastDDPMScheduler(ForwardNoising, FusedScheduler, DDPMScheduler):
+    """`DDPMScheduler` whose `step` also takes a timestep [B], one a sample.
+
+    As in the original, a walk that ends at a timestep above 0 draws noise there too, and an unknown variance_type means
+    "fixed_small". "learned" (a variance, not its logarithm, from the model) and "fixed_large_log" (the square root of a
+    negative number, NaN in the original) raise ValueError.
+    """
+
+    prediction_types = ("epsilon", "sample", "v_prediction")
+
+    def _check_config(self) -> None:
+        super()._check_config()
+        if self.config.variance_type in ("learned", "fixed_large_log"):
+            raise ValueError(
+                f"variance_type is {self.config.variance_type!r}, FastDDPMScheduler accepts 'fixed_small', "
+                "'fixed_small_log', 'fixed_large' and 'learned_range'"
+            )
+
+    def _rows(self) -> RowTable:
+        config = self.config
+        alphas_cumprod = self.alphas_cumprod.double().cpu().numpy()
+        bar = np.append(alphas_cumprod[[int(t) for t in self._listed]], 1.0)
+        grid = Grid.from_points(
+            np.sqrt(bar),
+            np.sqrt(1 - bar),
+            self._listed,
+            prediction_type=config.prediction_type,
+            clip_sample=config.clip_sample_range if config.clip_sample and not config.thresholding else None,
+        )
+        rows = ddpm(grid)
+        for i, row in enumerate(rows):
+            if self._listed[i] <= 0:
+                continue
+            *_, small, large = grid.posterior(i)
+            small, row.draws = max(small, MIN_VARIANCE), True
+            if config.variance_type == "learned_range":
+                row.cz, row.lv = (small * large) ** 0.25, math.log(large / small) / 4
+            else:
+                row.cz = math.sqrt(large if config.variance_type == "fixed_large" else small)
+        return RowTable(rows, self._listed)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """The original's step; timestep may be [B].
+
+        Raises:
+            ValueError: a timestep that is not set; a model_output without the channels that variance_type needs.
+        """
+        learned = self.config.variance_type == "learned_range"
+        if (model_output.shape != sample.shape) != learned:
+            raise ValueError(
+                f"model_output has the shape {list(model_output.shape)} for a sample {list(sample.shape)} and "
+                f"variance_type={self.config.variance_type!r}: 'learned_range' needs twice the channels, the others "
+                "as many"
+            )
+        table = self._table(None, self._rows)
+        row = self._row(table, timestep, sample)
+        noise = None
+        if isinstance(row, Tensor) or table.rows[row].draws:
+            like = model_output[:, : sample.shape[1]] if learned else model_output
+            noise = self._noise(like, generator, timestep)
+        prev_sample, pred_original_sample = self._run(
+            table,
+            row,
+            model_output,
+            sample,
+            noise=noise,
+            thresholding=self.config.thresholding,
+            return_x0=True,
+            out_dtype=result_dtype(sample, model_output),
+        )
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
