@@ -7,13 +7,14 @@ data, for which the ideal model and the solution of the probability-flow ODE are
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +33,16 @@ LINEAR = NoiseSchedule.linear()
 SCALED = NoiseSchedule.scaled_linear(beta_start=0.00085, beta_end=0.012)
 # name: the engine's schedule, and the part of a diffusers configuration that means the same
 SCHEDULES: dict[str, tuple[NoiseSchedule, dict[str, Any]]] = {
-    "linear": (LINEAR, {"beta_schedule": "linear"}),
+    "linear": (LINEAR, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
     "scaled_linear": (SCALED, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
     "cosine": (NoiseSchedule.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
     "zero_terminal": (
         SCALED.rescale_zero_terminal_snr(),
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
     ),
+    "short": (NoiseSchedule.linear(20), {"beta_schedule": "linear", "num_train_timesteps": 20}),
     "edm": (NoiseSchedule.edm(), {}),
+    "edm_short": (NoiseSchedule.edm(num_train_timesteps=40), {}),
     "flow": (NoiseSchedule.flow(), {}),
     "flow_shifted": (NoiseSchedule.flow(shift=3.0), {"shift": 3.0}),
 }
@@ -70,6 +73,19 @@ def float64_module(class_name: str) -> types.ModuleType:
     return module
 
 
+@contextlib.contextmanager
+def diffusers_scheduler(class_name: str, config: Mapping[str, Any], randn: Callable[..., Tensor]) -> Iterator[Any]:
+    """A diffusers scheduler in float64, whose noise comes from `randn`."""
+    module = float64_module(class_name)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # tensors that it makes of Python numbers
+    try:
+        module.__dict__["randn_tensor"] = randn
+        yield getattr(module, class_name)(**config)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def diffusers_walk(
     class_name: str,
     config: Mapping[str, Any],
@@ -91,13 +107,8 @@ def diffusers_walk(
         step_options: further arguments of `step`.
         prepare: called with the scheduler once its timesteps are set.
     """
-    module = float64_module(class_name)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # tensors that it makes of Python numbers
-    try:
-        draws = iter(normals()[1:] if noise is None else noise)
-        module.__dict__["randn_tensor"] = lambda *args, **kwargs: next(draws)
-        theirs = getattr(module, class_name)(**config)
+    draws = iter(normals()[1:] if noise is None else noise)
+    with diffusers_scheduler(class_name, config, lambda *args, **kwargs: next(draws)) as theirs:
         theirs.set_timesteps(**({"num_inference_steps": steps} if set_timesteps is None else set_timesteps))
         if hasattr(theirs, "set_begin_index"):
             theirs.set_begin_index(0)
@@ -108,14 +119,17 @@ def diffusers_walk(
             model_input = theirs.scale_model_input(x, t) if hasattr(theirs, "scale_model_input") else x
             x = theirs.step(model(model_input, float(t)), t, x, **(step_options or {})).prev_sample
         return x
-    finally:
-        torch.set_default_dtype(default)
 
 
-def engine_walk(table: StepTable, start: Tensor, *, model: Network = network, noise: Tensor | None = None) -> Tensor:
-    """The end of a table's walk in float64 from `start`, with the same draws as `diffusers_walk`."""
+def engine_walk(
+    table: StepTable, start: Tensor, *, model: Network = network, noise: Tensor | None = None, **inpainting: Tensor
+) -> Tensor:
+    """The end of a table's walk in float64 from `start`, with the same draws as `diffusers_walk`.
+
+    inpainting: known and mask, for an in-painting table.
+    """
     draws = normals()[1:] if noise is None else noise
-    return run_table(table, model, start, lambda stream, draw: draws[draw])
+    return run_table(table, model, start, lambda stream, draw: draws[draw], **inpainting)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -242,7 +256,7 @@ class Walk:
     def config(self) -> dict[str, Any]:
         """Arguments of the diffusers scheduler."""
         config = dict(SCHEDULES[self.schedule][1])
-        if self.schedule not in ("edm", "flow", "flow_shifted"):
+        if SCHEDULES[self.schedule][0].kind == "vp":
             if self.prediction_type is not None:
                 config["prediction_type"] = self.prediction_type
             if self.spacing in TIMESTEP_SPACINGS:

@@ -1,8 +1,27 @@
-"""Cases of the solvers on alphas_cumprod: DDPM, DDIM, and what steps between timesteps without history."""
+"""Cases of the solvers on alphas_cumprod: DDPM, DDIM and its inversion, PNDM, RePaint, and the distilled ones."""
 
 from __future__ import annotations
 
-from benchmarks.solver_cases import SolverCase, Walk
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.solver_cases import (
+    LINEAR,
+    SCHEDULES,
+    SolverCase,
+    Walk,
+    diffusers_scheduler,
+    engine_walk,
+    network,
+    normals,
+    relative_error,
+)
+from fastdiff.solvers import build
 
 NO_CLIP = {"clip_sample": False}
 TO_ONE = {"clip_sample": False, "set_alpha_to_one": True}
@@ -28,6 +47,60 @@ DDPM_WALKS = (
     ("scaled_linear", "v_prediction", "leading", 50),
     ("cosine", "sample", "leading", 7),
 )
+
+# diffusers tells a v-prediction model one timestep and reads its output at another; the engine reads it at the same one
+INVERSE_WALKS = (("linear", "epsilon", "leading", 7), ("cosine", "epsilon", "trailing", 20))
+INVERSE_WALKS += (("scaled_linear", "epsilon", "leading", 50),)
+# every fourth timestep or more, and an even number of them, so that both mean the same timestep halfway
+PNDM_WALKS = (("linear", "epsilon", "leading", 10), ("scaled_linear", "v_prediction", "leading", 20))
+PNDM_WALKS += (("cosine", "epsilon", "leading", 4),)
+LCM_WALKS = (("scaled_linear", "epsilon", "trailing", 4), ("linear", "sample", "trailing", 1))
+LCM_WALKS += (("scaled_linear", "v_prediction", "trailing", 8), ("zero_terminal", "v_prediction", "trailing", 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RePaintWalk(Walk):
+    """A walk whose forward jumps diffusers takes as single steps, with noise that adds up to one draw of ours."""
+
+    def error(self, solver: str, options: Mapping[str, Any], diffusers: str) -> float:
+        """Relative distance of the two ends."""
+        schedule = SCHEDULES[self.schedule][0]
+        jumps = {name: options[name] for name in ("jump_length", "jump_n_sample")}
+        draws, known = iter(normals()[2:]), normals()[1] / 3
+        mask = (normals()[-1] > 0).double()
+        x, ours = normals()[0], []
+        forward: list[tuple[float, Tensor]] = []
+
+        def draw(*args: Any, **kwargs: Any) -> Tensor:
+            ours.append(next(draws))
+            return ours[-1]
+
+        with diffusers_scheduler(diffusers, {**self.config, "eta": options["eta"]}, draw) as theirs:
+            theirs.set_timesteps(self.steps, **jumps)
+            before = math.inf
+            for t in [*theirs.timesteps.tolist(), -1]:
+                if t < before and forward:
+                    # x grows by sqrt(1 - beta), and the noise before it too
+                    total = torch.zeros_like(x)
+                    for beta, z in forward:
+                        total = math.sqrt(1 - beta) * total + math.sqrt(beta) * z
+                    variance = 1 - math.prod(1 - beta for beta, _ in forward)
+                    ours[len(ours) - len(forward) :] = [total / math.sqrt(variance)]
+                    forward = []
+                if t < 0:
+                    break
+                if t < before:
+                    x = theirs.step(network(x, float(t)), t, x, known, mask).prev_sample
+                    # the last step, to x0, keeps the known part as it is and adds no noise
+                    del ours[len(ours) - (t == 0) :]
+                else:
+                    x = theirs.undo_step(x, int(before))
+                    forward.append((float(schedule.betas[int(before)]), ours[-1]))
+                before = t
+        table = build(solver, schedule, self.steps, **self.build_arguments, **options)
+        got = engine_walk(table, normals()[0], noise=torch.stack(ours), known=known, mask=mask)
+        return relative_error(got, x)
+
 
 CASES = (
     SolverCase(
@@ -65,5 +138,63 @@ CASES = (
         walks=walks(*DDIM_WALKS, theirs=TO_ONE, step_options={"eta": 0.4}),
         order=1,
         stochastic=True,
+    ),
+    SolverCase(
+        name="ddim_inverse",
+        solver="ddim_inverse",
+        diffusers="DDIMInverseScheduler",
+        guided_diffusion="ddim_reverse_sample",
+        walks=walks(*INVERSE_WALKS, theirs={"clip_sample": False}),
+        order=1,
+        order_steps=120,
+        # a smaller range: the errors of the steps near the data, where it starts, grow with the noise
+        order_schedule=LINEAR,
+        order_arguments={"prediction_type": "epsilon"},
+        note="compared for epsilon prediction; v prediction is read at the timestep the model is told",
+    ),
+    SolverCase(
+        name="pndm",
+        solver="pndm",
+        diffusers="PNDMScheduler",
+        walks=walks(*PNDM_WALKS, theirs={"set_alpha_to_one": True}),
+        order=2,
+    ),
+    SolverCase(
+        name="pndm plms",
+        solver="pndm",
+        options={"plms": True},
+        diffusers="PNDMScheduler",
+        walks=walks(*PNDM_WALKS, theirs={"set_alpha_to_one": True, "skip_prk_steps": True}),
+        order=2,
+    ),
+    SolverCase(
+        name="repaint",
+        solver="repaint",
+        options={"jump_length": 4, "jump_n_sample": 3, "eta": 1.0},
+        diffusers="RePaintScheduler",
+        walks=(RePaintWalk(schedule="short", steps=20, prediction_type=None, spacing=None, ours={"clip_sample": 1.0}),),
+        note="compared at every timestep: with larger steps diffusers' forward jumps take betas of other timesteps",
+    ),
+    SolverCase(name="lcm", solver="lcm", diffusers="LCMScheduler", walks=walks(*LCM_WALKS, theirs=TO_ONE)),
+    SolverCase(
+        name="tcd",
+        solver="tcd",
+        diffusers="TCDScheduler",
+        # diffusers ends at timestep 0 and not at x0
+        walks=walks(*LCM_WALKS, theirs=TO_ONE, ours={"final_sigmas_type": "sigma_min"}),
+    ),
+    SolverCase(
+        name="tcd eta=0",
+        solver="tcd",
+        options={"eta": 0.0},
+        diffusers="TCDScheduler",
+        walks=walks(*LCM_WALKS, theirs=TO_ONE, ours={"final_sigmas_type": "sigma_min"}, step_options={"eta": 0.0}),
+        order=1,
+    ),
+    SolverCase(
+        name="consistency",
+        solver="consistency",
+        diffusers="CMStochasticIterativeScheduler",
+        walks=walks(*(("edm_short", "edm", "trailing", steps) for steps in (1, 2, 4, 8)), ours={"clip_sample": 1.0}),
     ),
 )

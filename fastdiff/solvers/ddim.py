@@ -1,4 +1,4 @@
-"""Denoising diffusion implicit models."""
+"""Denoising diffusion implicit models, and their inversion."""
 
 from fastdiff.solvers.grid import Grid
 from fastdiff.solvers.registry import register
@@ -19,4 +19,20 @@ def ddim(grid: Grid, *, eta: float = 0.0, use_clipped_model_output: bool = False
         ux, u0, um = grid.epsilon(i, clipped=use_clipped_model_output)
         c0 = float(grid.alpha[i + 1]) + direction * u0
         rows.append(grid.row(i, cx=direction * ux, c0=c0, cm=direction * um, cz=std, draws=std > 0))
+    return rows
+
+
+@register("ddim_inverse", inverse=True)
+def ddim_inverse(grid: Grid) -> list[Row]:
+    """DDIM from data to noise (Song et al. 2021, section 4.3): the grid's points in reverse, from its end to its first.
+
+    Each row undoes one of `ddim`'s and tells the model what that row tells it. The noise in the model's output there
+    must be known before the state: it is taken from the state at hand, the first iteration of a fixed point.
+    """
+    rows = []
+    for i in reversed(range(len(grid))):
+        alpha, sigma = float(grid.alpha[i]), float(grid.sigma[i])
+        state = (float(grid.alpha[i + 1]), float(grid.sigma[i + 1]))
+        ux, u0, um = grid.epsilon(i, state=state)
+        rows.append(grid.row(i, state=state, cx=sigma * ux, c0=alpha + sigma * u0, cm=sigma * um))
     return rows

@@ -1,21 +1,27 @@
-"""Euler's method on the probability-flow ODE, plain and with ancestral noise."""
+"""Euler's method on the probability-flow ODE, plain, with churn, and with ancestral noise."""
+
+import math
 
 from fastdiff.solvers.grid import Grid
+from fastdiff.solvers.line import Churn, euler_step, point
 from fastdiff.solvers.registry import register
 from fastdiff.table import Row
 
 
-def _to(grid: Grid, i: int, sigma_next: float) -> dict[str, float]:
-    # alpha_next * x0 + sigma_next * eps with eps = (x - alpha * x0) / sigma. For alpha = 1 this is
-    # x + (sigma_next - sigma) * eps, on a flow path x + (sigma_next - sigma) * velocity.
-    ratio = sigma_next / float(grid.sigma[i])
-    return {"cx": ratio, "c0": float(grid.alpha[i + 1] - grid.alpha[i] * ratio)}
-
-
 @register("euler", exploding=True, rounded=False)
-def euler(grid: Grid) -> list[Row]:
-    """Karras et al. 2022, algorithm 1 without its correction; on a flow schedule x moves along its straight path."""
-    return [grid.row(i, **_to(grid, i, float(grid.sigma[i + 1]))) for i in range(len(grid))]
+def euler(
+    grid: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> list[Row]:
+    """Karras et al. 2022, algorithm 1, or with churn 2, without its correction; on a flow schedule x moves straight.
+
+    Args:
+        s_churn, s_tmin, s_tmax, s_noise: see `Churn`.
+    """
+    churn = Churn(grid, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    rows = churn.first_rows()
+    for i in range(len(grid)):
+        rows.append(churn.row(i, **euler_step(churn.starts[i], point(grid, i + 1)), **churn.before(i + 1)))
+    return rows
 
 
 @register("euler_a", exploding=True, rounded=False)
@@ -28,5 +34,6 @@ def euler_ancestral(grid: Grid, *, eta: float = 1.0) -> list[Row]:
     rows = []
     for i in range(len(grid)):
         sigma_down, sigma_up = grid.split_noise(i, eta)
-        rows.append(grid.row(i, **_to(grid, i, sigma_down), cz=sigma_up, draws=sigma_up > 0))
+        step = euler_step(point(grid, i), (float(grid.alpha[i + 1]), sigma_down))
+        rows.append(grid.row(i, **step, cz=sigma_up, draws=sigma_up > 0))
     return rows

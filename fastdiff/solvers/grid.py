@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 from fastdiff.prediction import FloatArray, model_input_scale, prediction_target
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import Row
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,15 @@ class Grid:
             timesteps=timesteps,
         )
 
+    def timestep(self, i: int) -> float:
+        """The training timestep of point i; ValueError for a grid of bare points."""
+        return float(self._known(self.timesteps)[i])
+
+    def level(self, timestep: float) -> tuple[float, float]:
+        """(alpha, sigma) of the process at a training timestep; ValueError for a grid of bare points."""
+        alpha, sigma = self._known(self.process).schedule.at([timestep])
+        return float(alpha[0]), float(sigma[0])
+
     def point(self, alpha: float, sigma: float, *, timestep: float | None = None) -> Grid:
         """The grid of one further point (alpha, sigma) of the state, of any scale, with the end of this grid.
 
@@ -177,9 +188,8 @@ class Grid:
             ValueError: a grid of bare points, which does not know the model's conditioning elsewhere; or a prediction
                 type that does not determine x0 there.
         """
-        if self.process is None:
-            raise ValueError("this grid knows its own points only, and the solver evaluates the model between them")
-        schedule = self.process.schedule
+        process = self._known(self.process)
+        schedule = process.schedule
         own_alpha, own_sigma = schedule.nearest([alpha], [sigma])
         if timestep is None:
             index = schedule.timestep_of(own_sigma if schedule.kind == "flow" else own_sigma / own_alpha)
@@ -196,11 +206,17 @@ class Grid:
             c_in=scale * divisor,
             sigma_data=self.sigma_data,
             clip_sample=None if self.lim == math.inf else self.lim,
-            guidance_scale=self.process.guidance(index),
+            guidance_scale=process.guidance(index),
             gradient_unit=divisor,
-            process=self.process,
+            process=process,
             timesteps=index,
         )
+
+    @staticmethod
+    def _known(value: T | None) -> T:
+        if value is None:
+            raise ValueError("this grid knows its own points only, and the solver needs the process between them")
+        return value
 
     def __len__(self) -> int:
         return len(self.t)
