@@ -3,7 +3,8 @@
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
 Each `Fast*Scheduler` keeps its original's configuration, timesteps and outputs, and takes a step in one fused pass.
-`accelerate` makes a pipeline fast, `load_diffusers_unet` turns a UNet2DModel into a `fastdiff.UNet`. Names are imported
+`accelerate` makes a pipeline fast and `restore` takes it back; `load_diffusers_unet` turns a UNet2DModel into a
+`fastdiff.UNet`, `to_diffusers_unet` and `save_diffusers_unet` go the other way. Names are imported
 when they are first used. diffusers' pipeline loader asks this module for `SchedulerMixin`.
 """
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from fastdiff.compat.diffusers.flow_match import FastFlowMatchEulerDiscreteScheduler
     from fastdiff.compat.diffusers.heun import FastHeunDiscreteScheduler
     from fastdiff.compat.diffusers.lcm import FastLCMScheduler
-    from fastdiff.compat.diffusers.pipeline import accelerate
-    from fastdiff.compat.diffusers.unet import load_diffusers_unet
+    from fastdiff.compat.diffusers.pipeline import accelerate, restore
+    from fastdiff.compat.diffusers.unet import load_diffusers_unet, save_diffusers_unet, to_diffusers_unet
     from fastdiff.compat.diffusers.unipc import FastUniPCMultistepScheduler
 
 _HOMES = {
@@ -52,6 +53,9 @@ _HOMES = {
     "SchedulerMixin": "diffusers",
     "accelerate": "fastdiff.compat.diffusers.pipeline",
     "load_diffusers_unet": "fastdiff.compat.diffusers.unet",
+    "restore": "fastdiff.compat.diffusers.pipeline",
+    "save_diffusers_unet": "fastdiff.compat.diffusers.unet",
+    "to_diffusers_unet": "fastdiff.compat.diffusers.unet",
 }
 
 __all__ = [
@@ -72,6 +76,9 @@ __all__ = [
     "SchedulerMixin",
     "accelerate",
     "load_diffusers_unet",
+    "restore",
+    "save_diffusers_unet",
+    "to_diffusers_unet",
 ]
 
 

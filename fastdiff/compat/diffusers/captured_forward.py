@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_map_only
 from fastdiff.cuda_graph import GraphCache
 from fastdiff.model_arguments import is_plain, tensors_of, with_tensors, without_tensors
 
+# the kind of device that has graphs
+GRAPH_DEVICE = "cuda"
+
 
 @dataclass
 class Call:
@@ -40,7 +43,7 @@ class CapturedForward:
         device = next(self._model.parameters()).device
         arguments = {"args": args, "kwargs": kwargs}
         constants = without_tensors(arguments)
-        if device.type != "cuda" or self._model.training or torch.is_grad_enabled() or not is_plain(constants):
+        if device.type != GRAPH_DEVICE or self._model.training or torch.is_grad_enabled() or not is_plain(constants):
             return self._forward(*args, **kwargs)
         tensors = tensors_of(arguments)
         entry = self._graphs.entry(self._key(tensors, constants, device))
@@ -68,5 +71,5 @@ class CapturedForward:
             repr(constants),
             tuple((weight.data_ptr(), weight.dtype) for weight in weights),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         )

@@ -58,9 +58,10 @@ def accelerate(
             batch (`use_noise_contract`). Give the pipeline its starting noise as `latents` then, and no generator.
 
     The last call decides: `accelerate(pipe)` ends the compilation that an earlier call began. `restore(pipe)` undoes
-    all but `dtype`. The U-Net stays the object it was, so that its config, `save_pretrained` and adapters work as
-    before. `pipe.save_pretrained` records diffusers' own scheduler class: the saved pipeline loads with and without
-    fastdiff, and is made fast by `accelerate` again.
+    all but `dtype`. Offloading (`pipe.enable_model_cpu_offload()`) comes after, as it wraps what is there. The U-Net
+    stays the object it was, so that its config, `save_pretrained` and adapters work as before. `pipe.save_pretrained`
+    records diffusers' own scheduler class: the saved pipeline loads with and without fastdiff, and is made fast by
+    `accelerate` again.
 
     Raises:
         TypeError: pipe is no diffusers pipeline.
