@@ -36,7 +36,14 @@ def _stage_weights(
 
 
 def singlestep(
-    grid: Grid, *, form: str, orders: Sequence[int], solver_type: str, eta: float = 0.0, third_order: str = "exact"
+    grid: Grid,
+    *,
+    form: str,
+    orders: Sequence[int],
+    solver_type: str,
+    eta: float = 0.0,
+    third_order: str = "exact",
+    save_start: bool = False,
 ) -> list[Row]:
     """Rows of the orders given, where a row of order k goes from the point k - 1 before it to the next point.
 
@@ -47,6 +54,8 @@ def singlestep(
         orders: [n] groups 1, 2, .., as `group_orders` makes them.
         solver_type: "midpoint" or "heun"; heun takes the exact integrals and is of its full order on any grid, midpoint
             of order 3 is that only where lambda is evenly spaced.
+        eta: tau² of `exponential`.
+        save_start: save a group's first state without noise too, for a caller who may change the state within a group.
         third_order: "exact"; "diffusers" reproduces the sign of the second difference that diffusers has for the SDE.
     """
     if third_order not in THIRD_ORDERS:
@@ -54,6 +63,7 @@ def singlestep(
     if len(orders) != len(grid) or any(o not in (1, k + 1) for o, k in zip(orders, [0, *orders], strict=False)):
         raise ValueError(f"orders is {list(orders)}, groups 1, 2, .. of altogether {len(grid)} rows are needed")
     tau, log_snr = math.sqrt(eta), grid.log_snr
+    save_start = save_start or tau > 0
     rows: list[Row] = []
     index: list[int] = []  # row of each point
     saved = 0
@@ -62,7 +72,7 @@ def singlestep(
     before: dict[int, float] = {}
     for i, order in enumerate(orders):
         start = i + 1 - order
-        if order == 1 and tau > 0 and i + 1 < len(grid) and orders[i + 1] == 2:
+        if order == 1 and save_start and i + 1 < len(grid) and orders[i + 1] == 2:
             saved = len(rows)
             rows.append(Row(ev=False, cx=1.0, ux=1.0))
         index.append(len(rows))
@@ -77,7 +87,7 @@ def singlestep(
         weights = {index[start + k]: weight for k, weight in enumerate(values)}
         if order == 1:
             rows.append(row(grid, i, interval, weights, form=form, at=index[i]))
-        elif tau > 0:
+        elif save_start:
             weights[saved] = interval.decay
             rows.append(row(grid, i, replace(interval, decay=0.0), weights, form=form, at=index[i]))
         else:
