@@ -59,11 +59,12 @@ class StrideScheduler(FusedScheduler):
 
     def _stride_row(self, timestep: Timestep, sample: Tensor, *options: Any) -> tuple[RowTable, int | Tensor]:
         """The table for these options of `step`, and the row of a timestep in it."""
-        known = None if self._is_vector(timestep, sample) else self._known(timestep)
-        if known in self._place:
-            table = self._table(options, lambda: RowTable(self._rows(self._listed, *options), self._listed))
-        else:
-            table = self._table((*options, "all"), lambda: self._all_rows(*options))
+        if not self._is_vector(timestep, sample):
+            known = self._known(timestep)
+            if known in self._place:
+                table = self._table(options, lambda: RowTable(self._rows(self._listed, *options), self._listed))
+                return table, table.index[known]
+        table = self._table((*options, "all"), lambda: self._all_rows(*options))
         return table, self._row(table, timestep, sample)
 
     def _all_rows(self, *options: Any) -> RowTable:

@@ -147,7 +147,7 @@ class FusedScheduler:
         self._find = Finder(self._listed)
         self._place = {t: i for i, t in enumerate(self._listed)}
         self._tables: dict[Hashable, RowTable] = {}
-        self._tables_of: tuple[Any, ...] = ()
+        self._tables_of: list[tuple[str, Any]] = []
 
     def use_noise_contract(self, seed: int | Tensor | None, sample_indices: Tensor | None = None) -> None:
         """Draw the noise of steps from `fastdiff.noise` instead of a generator: the same on every device, in any batch.
@@ -174,9 +174,12 @@ class FusedScheduler:
 
     def _table(self, key: Hashable, build: Callable[[], RowTable]) -> RowTable:
         """The table of some options of `step`, built when it is first needed or what it is made of has changed."""
-        sources = tuple([getattr(self, name) for name in self.row_sources])
-        if len(sources) != len(self._tables_of) or any(a is not b for a, b in zip(sources, self._tables_of)):
-            self._tables, self._tables_of = {}, sources
+        for name, source in self._tables_of:
+            if getattr(self, name) is not source:
+                self._tables = {}
+                break
+        if not self._tables:
+            self._tables_of = [(name, getattr(self, name)) for name in self.row_sources]
         tables = self._tables
         table = tables.get(key)
         if table is None:

@@ -83,7 +83,8 @@ class FastHeunDiscreteScheduler(SigmaWalk, HeunDiscreteScheduler):
             self.dt = self.sigmas[place + 1] - self.sigmas[place]
         else:
             table = self._table("second", lambda: RowTable(self._second_stages()))
-            assert self.prev_derivative is not None and self.sample is not None
+            assert self.prev_derivative is not None
+            assert self.sample is not None
             history = [self.prev_derivative, self.sample]
             prev_sample, pred_original_sample = self._run(
                 table, place, model_output, sample, history=history, return_x0=True, out_dtype=out_dtype
