@@ -67,3 +67,58 @@ def is_plain(tree: Any) -> bool:
 
     _map(tree, check)
     return plain
+
+
+def model_inputs(
+    model: Any,
+    batch: int,
+    device: torch.device,
+    model_kwargs: Mapping[str, Any],
+    uncond_kwargs: dict[str, Any],
+    *,
+    guided: bool,
+    has_scale: bool,
+) -> dict[str, Tensor]:
+    """model_kwargs' tensors as "cond.PATH" and, where guided, joined with uncond_kwargs as "guided.PATH".
+
+    Raises:
+        ValueError: class_labels out of the model's range, or uncond_kwargs that do not go with model_kwargs.
+    """
+    null_class = getattr(model, "null_class", None)
+    labels = model_kwargs.get("class_labels")
+    # labels on a GPU are not looked at: that would be a host synchronisation
+    if (
+        null_class is not None
+        and isinstance(labels, Tensor)
+        and labels.device.type == "cpu"
+        and labels.numel()
+        and not (int(labels.min()) >= 0 and int(labels.max()) <= null_class)
+    ):
+        raise ValueError(
+            f"class_labels must be in [0, {null_class}] ({null_class} is the null class), got {labels.tolist()}"
+        )
+    inputs = {f"cond.{path}": value.to(device) for path, value in tensors_of(model_kwargs).items()}
+    if not guided:
+        if uncond_kwargs and not has_scale:
+            raise ValueError(f"uncond_kwargs {sorted(uncond_kwargs)} are given, but guidance_scale is not")
+        return inputs
+    if null_class is not None and isinstance(labels, Tensor) and "class_labels" not in uncond_kwargs:
+        uncond_kwargs["class_labels"] = torch.full_like(labels, null_class)
+    if not uncond_kwargs:
+        raise ValueError(
+            "guidance_scale needs uncond_kwargs, the model's unconditional inputs"
+            + (" (or class_labels in model_kwargs)" if null_class is not None else "")
+        )
+    if unknown := sorted(set(uncond_kwargs) - set(model_kwargs)):
+        raise ValueError(f"uncond_kwargs {unknown} have no counterpart in model_kwargs {sorted(model_kwargs)}")
+    unconditional = tensors_of(uncond_kwargs)
+    for path, value in tensors_of(model_kwargs).items():
+        value = value.to(device)
+        if value.ndim and value.shape[0] == batch:
+            uncond = unconditional.get(path)
+            if uncond is None or uncond.shape != value.shape:
+                got = "none" if uncond is None else list(uncond.shape)
+                raise ValueError(f"uncond_kwargs must hold {path} of shape {list(value.shape)}, got {got}")
+            value = torch.cat([uncond.to(value), value])
+        inputs[f"guided.{path}"] = value
+    return inputs

@@ -21,10 +21,11 @@ from fastdiff.cuda_graph import GraphCache
 from fastdiff.device import existing_device
 from fastdiff.kernels.layout import empty
 from fastdiff.kernels.philox import per_sample, sample_index
-from fastdiff.model_arguments import is_plain, tensors_of, without_tensors
+from fastdiff.latent import LatentSpace, mask_like
+from fastdiff.model_arguments import is_plain, model_inputs, tensors_of, without_tensors
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import StepTable
-from fastdiff.trajectory import PackedTable, Stepper, Trajectory
+from fastdiff.trajectory import ConditionFunction, PackedTable, Stepper, Trajectory
 
 # tables of different strengths a sampler keeps
 MAX_TABLES = 8
@@ -43,15 +44,20 @@ class Sampler:
             captured graphs read them where they were, and only a module's own can be watched.
         schedule: the noise schedule the model was trained with.
         solver: a name (`fastdiff.solvers.names()`) or a finished StepTable.
-        solver_options: keyword arguments of the solver, for example {"eta": 1.0} for ddim.
+        solver_options: keyword arguments of the solver, for example {"eta": 1.0} for ddim, and further ones of
+            `fastdiff.solvers.build`, for example {"final_sigmas_type": "sigma_min"}.
         num_inference_steps: 1 .. schedule.num_train_timesteps; not with a StepTable.
         prediction_type: "epsilon", "sample", "v_prediction", "flow_prediction" or "edm".
         timestep_spacing: "trailing", "leading" or "linspace".
-        sigma_spacing: None (follow the timesteps), "karras", "exponential" or "beta".
+        sigma_spacing: None (follow the timesteps), "karras", "exponential", "beta" or "logsnr".
         clip_sample: clip the predicted x0 to [-clip_sample, clip_sample]; None does not clip.
         dynamic_threshold: quantile in (0, 1) of |x0| that a sample is clipped to and divided by (Saharia et al. 2022).
         guidance_scale: classifier-free guidance m_u + guidance_scale * (m_c - m_u) (Ho & Salimans 2022); None: none.
         guidance_interval: (start, end), the part of the walk that is guided (`fastdiff.solvers.build`).
+        guidance_rescale: in [0, 1], how much of the guided output's standard deviation is set to that of the
+            conditional one (Lin et al. 2024, section 3.4).
+        vae: for latent diffusion, a `fastdiff.latent.LatentSpace` or any object with encode and decode: `sample` then
+            takes and returns images, and its shape is that of the latents.
         dtype: None runs the model in its own dtype, another one means autocast.
         device: where to sample; by default that of the noise, else of the model's first parameter, else of the first
             tensor in model_kwargs, else the CPU.
@@ -79,6 +85,8 @@ class Sampler:
         dynamic_threshold: float | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        vae: Any = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         compile: bool = False,
@@ -96,6 +104,8 @@ class Sampler:
             raise ValueError(f'cuda_graph must be True, False or "auto", got {cuda_graph!r}')
         if dynamic_threshold is not None and not 0 < dynamic_threshold < 1:
             raise ValueError(f"dynamic_threshold must be a quantile in (0, 1), got {dynamic_threshold}")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
         if isinstance(solver, StepTable):
             if num_inference_steps is not None or solver_options:
                 raise ValueError("num_inference_steps and solver_options go with a solver's name, not with a StepTable")
@@ -107,7 +117,7 @@ class Sampler:
             steps, options = num_inference_steps, dict(solver_options or {})
 
             @functools.lru_cache(maxsize=MAX_TABLES)
-            def build(strength: float) -> StepTable:
+            def build(strength: float, **inpaint: bool) -> StepTable:
                 return solvers.build(
                     solver,
                     schedule,
@@ -120,6 +130,7 @@ class Sampler:
                     guidance_interval=guidance_interval,
                     strength=strength,
                     **options,
+                    **inpaint,
                 )
 
             self._build = build
@@ -128,6 +139,9 @@ class Sampler:
         self.schedule = schedule
         self.dynamic_threshold = dynamic_threshold
         self.guidance_scale = guidance_scale
+        self.guidance_rescale = guidance_rescale
+        self.prediction_type = prediction_type
+        self.latent_space = vae if vae is None or isinstance(vae, LatentSpace) else LatentSpace(vae)
         self.dtype = dtype
         self.device = None if device is None else existing_device(device)
         self.cuda_graph = cuda_graph
@@ -156,6 +170,7 @@ class Sampler:
         strength: float = 1.0,
         mask: Tensor | None = None,
         known: Tensor | None = None,
+        cond_fn: ConditionFunction | None = None,
         callback_on_step_end: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -171,15 +186,20 @@ class Sampler:
                 guidance, tensors whose first axis is B are joined with those at the same place in uncond_kwargs;
                 everything else is passed once.
             uncond_kwargs: the unconditional model_kwargs; for a model with a `null_class` it defaults to that class.
-            init_image: [B, C, *spatial] in the model's range: start from it, noised, `strength` of the way up the walk.
+            init_image: [B, C, *spatial] in the model's range: start from it, noised, `strength` of the way up the walk
+                (Meng et al. 2022). For "ddim_inverse" it is the image to invert.
             strength: (0, 1], with init_image.
-            mask, known: for an in-painting table: where mask is 1, the samples follow `known`.
+            mask, known: in-painting: where mask is 1, the samples keep `known`. The rows of "repaint" do it with jumps,
+                those of any other solver by a simple blend (`inpaint` of `fastdiff.solvers.build`).
+            cond_fn: called as cond_fn(x, t, **model_kwargs) with what the model gets, in float32, returns the gradient
+                of log p(condition | x) like x: classifier guidance (Dhariwal and Nichol 2021). Not with "edm" models,
+                whose input is not x. It differentiates under its own torch.enable_grad(); steps are not captured.
             callback_on_step_end: called as callback(sampler, i, t, {"latents": x}) after row i; may return a mapping
                 whose "latents" replace x.
             progress: show a progress bar.
 
         Returns:
-            float32 tensor of the shape, channels-last.
+            float32 tensor of the shape, channels-last; with a vae the images it decodes to.
 
         Raises:
             ValueError, TypeError: naming the argument, what was received and what is accepted.
@@ -189,8 +209,20 @@ class Sampler:
         if len(shape) < 2 or any(size < 0 for size in shape):
             raise ValueError(f"shape must be [B, C, *spatial] with sizes >= 0, got {list(shape)}")
         device = self._device(noise, model_kwargs)
-        table = self._table(init_image, strength)
-        inputs = self._inputs(table, shape, device, model_kwargs, uncond_kwargs)
+        table = self._table(init_image is not None, strength, mask is not None)
+        if cond_fn is not None and self.prediction_type == "edm":
+            raise ValueError('cond_fn needs a model whose input is x, prediction_type "edm" scales it')
+        if self.latent_space is not None:
+            init_image, known, mask = _encoded(self.latent_space, shape, device, init_image, known, mask)
+        inputs = model_inputs(
+            self.model,
+            shape[0],
+            device,
+            model_kwargs,
+            uncond_kwargs,
+            guided=table.guided,
+            has_scale=self.guidance_scale is not None,
+        )
         arguments = without_tensors(model_kwargs)
         inputs["seed"] = per_sample(seed, shape[0], device, "seed")
         inputs["sample_indices"] = sample_index(sample_indices, shape[0], device)
@@ -199,11 +231,11 @@ class Sampler:
                 inputs[name] = _like(value, shape, device, name, exact=name != "mask")
         if (mask is None) != (known is None):
             raise ValueError("mask and known go together: one of them is missing")
-        if mask is not None and not (table.columns["k0"].any() or table.columns["kz"].any()):
+        if mask is not None and not table.keeps_known:
             raise ValueError("mask needs an in-painting table: the rows of this one have no k0 or kz")
 
         if math.prod(shape) == 0:
-            return empty(shape, torch.float32, device, channels_last=True)
+            return self._decoded(empty(shape, torch.float32, device, channels_last=True))
         stepper = Stepper(
             table=table,
             packed=self._packed(table, device),
@@ -212,13 +244,16 @@ class Sampler:
             model_dtype=self._own_dtype,
             autocast_dtype=None if self.dtype == self._own_dtype else self.dtype,
             dynamic_threshold=self.dynamic_threshold,
+            guidance_rescale=self.guidance_rescale,
+            cond_fn=cond_fn,
             arguments=arguments,
         )
         # a graph bakes in what is no tensor: two calls must be told apart by it
-        if not self._captures(device) or not is_plain(arguments):
+        if not self._captures(device) or cond_fn is not None or not is_plain(arguments):
             trajectory = stepper.allocate(shape, inputs)
             stepper.start(trajectory)
-            return self._loop(stepper, trajectory, stepper.steps(trajectory), callback_on_step_end, progress)
+            steps = stepper.steps(trajectory)
+            return self._decoded(self._loop(stepper, trajectory, steps, callback_on_step_end, progress))
         entry = self._graphs.entry(self._graph_key(table, shape, device, inputs, arguments))
         with entry.lock:
             if entry.buffers is None:
@@ -231,7 +266,8 @@ class Sampler:
                 trajectory.inputs[name].copy_(value)
             stepper.start(trajectory)
             # the next call overwrites the buffers
-            return self._loop(stepper, trajectory, entry.steps, callback_on_step_end, progress).clone()
+            x = self._loop(stepper, trajectory, entry.steps, callback_on_step_end, progress).clone()
+        return self._decoded(x)
 
     def _loop(
         self,
@@ -270,65 +306,20 @@ class Sampler:
         tensors += tensors_of(model_kwargs).values()
         return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
-    def _table(self, init_image: Tensor | None, strength: float) -> StepTable:
+    def _table(self, from_image: bool, strength: float, inpaint: bool) -> StepTable:
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be in (0, 1], got {strength}")
-        if init_image is None:
-            if strength != 1:
-                raise ValueError(f"strength {strength} needs init_image")
-            return self.table
+        if not from_image and strength != 1:
+            raise ValueError(f"strength {strength} needs init_image")
+        inpaint = inpaint and not self.table.keeps_known
         if self._build is None:
-            raise ValueError("init_image needs a solver's name: a finished StepTable has a fixed start")
-        return self._build(strength)
+            if from_image:
+                raise ValueError("init_image needs a solver's name: a finished StepTable has a fixed start")
+            return self.table
+        return self._build(strength, inpaint=True) if inpaint else self._build(strength)
 
-    def _inputs(
-        self,
-        table: StepTable,
-        shape: tuple[int, ...],
-        device: torch.device,
-        model_kwargs: Mapping[str, Any],
-        uncond_kwargs: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        """model_kwargs' tensors as "cond.PATH" and, for a guided table, joined with uncond_kwargs as "guided.PATH"."""
-        batch = shape[0]
-        null_class = getattr(self.model, "null_class", None)
-        labels = model_kwargs.get("class_labels")
-        # labels on a GPU are not looked at: that would be a host synchronisation
-        if (
-            null_class is not None
-            and isinstance(labels, Tensor)
-            and labels.device.type == "cpu"
-            and labels.numel()
-            and not (int(labels.min()) >= 0 and int(labels.max()) <= null_class)
-        ):
-            raise ValueError(
-                f"class_labels must be in [0, {null_class}] ({null_class} is the null class), got {labels.tolist()}"
-            )
-        inputs = {f"cond.{path}": value.to(device) for path, value in tensors_of(model_kwargs).items()}
-        if not table.guided:
-            if uncond_kwargs and self.guidance_scale is None:
-                raise ValueError(f"uncond_kwargs {sorted(uncond_kwargs)} are given, but guidance_scale is not")
-            return inputs
-        if null_class is not None and isinstance(labels, Tensor) and "class_labels" not in uncond_kwargs:
-            uncond_kwargs["class_labels"] = torch.full_like(labels, null_class)
-        if not uncond_kwargs:
-            raise ValueError(
-                "guidance_scale needs uncond_kwargs, the model's unconditional inputs"
-                + (" (or class_labels in model_kwargs)" if null_class is not None else "")
-            )
-        if unknown := sorted(set(uncond_kwargs) - set(model_kwargs)):
-            raise ValueError(f"uncond_kwargs {unknown} have no counterpart in model_kwargs {sorted(model_kwargs)}")
-        unconditional = tensors_of(uncond_kwargs)
-        for path, value in tensors_of(model_kwargs).items():
-            value = value.to(device)
-            if value.ndim and value.shape[0] == batch:
-                uncond = unconditional.get(path)
-                if uncond is None or uncond.shape != value.shape:
-                    got = "none" if uncond is None else list(uncond.shape)
-                    raise ValueError(f"uncond_kwargs must hold {path} of shape {list(value.shape)}, got {got}")
-                value = torch.cat([uncond.to(value), value])
-            inputs[f"guided.{path}"] = value
-        return inputs
+    def _decoded(self, x: Tensor) -> Tensor:
+        return x if self.latent_space is None else self.latent_space.decode(x)
 
     def _graph_key(
         self,
@@ -353,6 +344,21 @@ class Sampler:
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         )
+
+
+def _encoded(
+    latent_space: LatentSpace,
+    shape: tuple[int, ...],
+    device: torch.device,
+    init_image: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A caller's images as latents, and the mask at their resolution."""
+    init_image, known = (
+        None if value is None else latent_space.encode(value.to(device)) for value in (init_image, known)
+    )
+    return init_image, known, None if mask is None else mask_like(mask.to(device), shape)
 
 
 def _like(value: Tensor, shape: tuple[int, ...], device: torch.device, name: str, *, exact: bool) -> Tensor:

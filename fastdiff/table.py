@@ -173,6 +173,11 @@ class StepTable:
         """True if any row consumes noise."""
         return bool((self.draw >= 0).any())
 
+    @property
+    def keeps_known(self) -> bool:
+        """True if rows blend in the known part of an image."""
+        return bool(self.columns["k0"].any() or self.columns["kz"].any())
+
     @cached_property
     def timesteps(self) -> np.ndarray:
         """[R] what the model is told: int64 if all are whole numbers, else float64."""

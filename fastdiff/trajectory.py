@@ -21,6 +21,8 @@ from fastdiff.kernels.p_sample import p_sample_
 from fastdiff.model_arguments import with_tensors
 from fastdiff.table import StepTable
 
+ConditionFunction = Callable[..., Tensor]
+
 
 @dataclass(frozen=True)
 class RowKind:
@@ -70,6 +72,8 @@ class Stepper:
         model: called as model(x, t, **arguments).
         model_dtype: of the model's input; autocast_dtype: that of autocast, None for none.
         dynamic_threshold: quantile of |x0|, None for none.
+        guidance_rescale: share of the guided output's standard deviation that is the conditional one's.
+        cond_fn: gradient of a condition's logarithmic likelihood, called with what the model gets.
         arguments: the model's keyword arguments, with a `TensorAt` for each tensor of the trajectory's inputs.
     """
 
@@ -80,6 +84,8 @@ class Stepper:
     model_dtype: torch.dtype
     autocast_dtype: torch.dtype | None
     dynamic_threshold: float | None
+    guidance_rescale: float
+    cond_fn: ConditionFunction | None
     arguments: dict[str, Any]
 
     @property
@@ -144,6 +150,8 @@ class Stepper:
             output = self._evaluate(trajectory, kind)
             if kind.guided:
                 uncond, output = output.chunk(2)
+        rescale = self._rescale(trajectory, output, uncond)
+        grad = self._gradient(trajectory) if kind.evaluates else None
         draws = self.table.draws_noise
         p_sample_(
             trajectory.x,
@@ -154,7 +162,9 @@ class Stepper:
             history=trajectory.history,
             seed=inputs["seed"] if draws else None,
             sample_indices=inputs["sample_indices"] if draws else None,
-            threshold=self._threshold(trajectory, output, uncond),
+            threshold=self._threshold(trajectory, output, uncond, rescale, grad),
+            rescale=rescale,
+            grad=grad,
             mask=inputs.get("mask"),
             known=inputs.get("known"),
             model_input_out=None if self.input_is_state else trajectory.model_input,
@@ -162,19 +172,14 @@ class Stepper:
         trajectory.row.add_(1)
 
     def _evaluate(self, trajectory: Trajectory, kind: RowKind) -> Tensor:
-        prefix = "guided." if kind.guided else "cond."
-        tensors = {
-            name.removeprefix(prefix): value for name, value in trajectory.inputs.items() if name.startswith(prefix)
-        }
         x, model_input = trajectory.x, trajectory.model_input
         t = self.packed.timesteps.index_select(0, trajectory.row)
         if kind.guided:
             t = t.repeat(2)
         else:
-            # in a guided table the conditional half is the second one
-            model_input = model_input[model_input.shape[0] - x.shape[0] :]
+            model_input = self._conditional_half(trajectory)
         with self._autocast():
-            output = self.model(model_input, t, **with_tensors(self.arguments, tensors))
+            output = self.model(model_input, t, **self._arguments(trajectory, "guided." if kind.guided else "cond."))
         output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor or an object with one as .sample, got {type(output).__name__}")
@@ -184,6 +189,31 @@ class Stepper:
         if list(output.shape) not in accepted:
             raise ValueError(f"model must return a tensor of shape {accepted[0]}, got {list(output.shape)}")
         return output
+
+    def _conditional_half(self, trajectory: Trajectory) -> Tensor:
+        # in a guided table the conditional half is the second one
+        model_input = trajectory.model_input
+        return model_input[model_input.shape[0] - trajectory.x.shape[0] :]
+
+    def _arguments(self, trajectory: Trajectory, prefix: str) -> dict[str, Any]:
+        """The model's keyword arguments with the tensors of one kind of call."""
+        tensors = {
+            name.removeprefix(prefix): value for name, value in trajectory.inputs.items() if name.startswith(prefix)
+        }
+        return with_tensors(self.arguments, tensors)
+
+    def _gradient(self, trajectory: Trajectory) -> Tensor | None:
+        """[B, C, *spatial] what cond_fn says of the conditional half of the model's input."""
+        if self.cond_fn is None:
+            return None
+        t = self.packed.timesteps.index_select(0, trajectory.row)
+        # the caller may keep or differentiate what it gets, the state goes on
+        x = self._conditional_half(trajectory).float().clone()
+        grad = self.cond_fn(x, t, **self._arguments(trajectory, "cond."))
+        if not isinstance(grad, Tensor) or grad.shape != x.shape:
+            got = list(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
+            raise ValueError(f"cond_fn must return a tensor of shape {list(x.shape)}, got {got}")
+        return grad.detach()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """The sampler's autocast, or the caller's that is in force, without its cache of cast weights.
@@ -195,19 +225,43 @@ class Stepper:
             dtype = torch.get_autocast_dtype(kind)
         return contextlib.nullcontext() if dtype is None else torch.autocast(kind, dtype, cache_enabled=False)
 
-    def _threshold(self, trajectory: Trajectory, output: Tensor | None, uncond: Tensor | None) -> Tensor | None:
+    def _column(self, trajectory: Trajectory, name: str) -> Tensor:
+        """A coefficient of each sample's row, [B, 1, ...]."""
+        column = self.packed.rows.floats[:, FLOAT_COLUMNS.index(name)].index_select(0, trajectory.row)
+        return column.view(-1, *[1] * (trajectory.x.ndim - 1))
+
+    def _guided(self, trajectory: Trajectory, output: Tensor, uncond: Tensor | None) -> Tensor:
+        """The model's output after classifier-free guidance, in float32, without variance channels."""
+        channels = trajectory.x.shape[1]
+        m = output[:, :channels].float()
+        if uncond is None:
+            return m
+        m_uncond = uncond[:, :channels].float()
+        return m_uncond + self._column(trajectory, "g") * (m - m_uncond)
+
+    def _rescale(self, trajectory: Trajectory, output: Tensor | None, uncond: Tensor | None) -> Tensor | None:
+        """[B] factor of the guided output (Lin et al. 2024, equations 15 and 16)."""
+        if not self.guidance_rescale or output is None or uncond is None:
+            return None
+        conditional = output[:, : trajectory.x.shape[1]].float()
+        ratio = conditional.flatten(1).std(1) / self._guided(trajectory, output, uncond).flatten(1).std(1)
+        return 1 - self.guidance_rescale + self.guidance_rescale * ratio
+
+    def _threshold(
+        self,
+        trajectory: Trajectory,
+        output: Tensor | None,
+        uncond: Tensor | None,
+        rescale: Tensor | None,
+        grad: Tensor | None,
+    ) -> Tensor | None:
         """[B] what |x0| is clipped to: its quantile, at least 1 (Saharia et al. 2022, section 2.3)."""
         if self.dynamic_threshold is None or output is None:
             return None
-        x = trajectory.x
-        rows = self.packed.rows.floats.index_select(0, trajectory.row)
-
-        def column(name: str) -> Tensor:
-            return rows[:, FLOAT_COLUMNS.index(name)].view(-1, *[1] * (x.ndim - 1))
-
-        m = output[:, : x.shape[1]].float()
-        if uncond is not None:
-            m_uncond = uncond[:, : x.shape[1]].float()
-            m = m_uncond + column("g") * (m - m_uncond)
-        x0 = column("px") * x + column("pm") * m
+        m = self._guided(trajectory, output, uncond)
+        if rescale is not None:
+            m = rescale.view(-1, *[1] * (m.ndim - 1)) * m
+        if grad is not None:
+            m = m + self._column(trajectory, "mg") * grad
+        x0 = self._column(trajectory, "px") * trajectory.x + self._column(trajectory, "pm") * m
         return torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1).clamp(min=1.0)

@@ -484,7 +484,6 @@ def test_constructor_names_what_is_wrong(arguments, message):
         ({"init_image": torch.zeros(SHAPE), "strength": 0.0}, "strength"),
         ({"strength": 0.5}, "strength"),
         ({"mask": torch.ones(SHAPE)}, "known"),
-        ({"mask": torch.ones(SHAPE), "known": torch.ones(SHAPE)}, "in-painting table"),
         ({"uncond_kwargs": {"context": torch.zeros(3)}}, "guidance_scale"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else None,
