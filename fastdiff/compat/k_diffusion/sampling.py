@@ -217,10 +217,8 @@ def sample_lms(
     disable: bool | None = None,
     order: int = 4,
 ) -> Tensor:
-    """Linear multistep, Adams-Bashforth in sigma, of order 1 to 5."""
-    if order not in range(1, 6):
-        raise ValueError(f"order is {order!r}, accepted are the integers 1 to 5")
-    plan = steps.lms(_levels(sigmas), order=order)
+    """Linear multistep, Adams-Bashforth in sigma, of order 1 to 4."""
+    plan = steps.lms_steps(_levels(sigmas), order=order)
     return walk(model, x, sigmas, plan, default_noise_sampler(x), extra_args, callback, disable)
 
 

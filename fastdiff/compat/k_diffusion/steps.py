@@ -1,7 +1,8 @@
 """k-diffusion's methods as rows: what each step from sigma to sigma_next does, in float64.
 
 The state is x = x0 + sigma * eps and the model returns x0 ("denoised"). Multistep methods are the engine's own. Steps
-of two evaluations are A x + B1 denoised + B2 denoised_2 with A + B1 + B2 = 1: a constant image is kept.
+of two evaluations, for which the engine asks a schedule about points between those of its grid, are made here:
+A x + B1 denoised + B2 denoised_2 with A + B1 + B2 = 1, so that a constant image is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers import Grid
 from fastdiff.solvers.dpm import dpmpp, dpmpp_sde
-from fastdiff.solvers.exponential import lagrange_integrals
+from fastdiff.solvers.line import euler_step
+from fastdiff.solvers.lms import lms
 from fastdiff.table import Row
 
 Interval = tuple[float, float]
@@ -49,8 +51,7 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float) -> Interval:
 
 def _move(sigma: float, target: float, *, std: float = 0.0) -> Row:
     """Euler's step, to the point of the line through x and denoised where the noise is `target`."""
-    ratio = target / sigma
-    return Row(t=sigma, pm=1.0, cx=ratio, c0=1 - ratio, cz=std)
+    return Row(t=sigma, pm=1.0, cz=std, **euler_step((1.0, sigma), (1.0, target)))
 
 
 def _two_stages(
@@ -159,14 +160,6 @@ def dpmpp_multistep_sde(sigmas: FloatArray, *, order: int, eta: float, s_noise: 
     return steps
 
 
-def lms(sigmas: FloatArray, *, order: int) -> list[Step]:
-    """Adams-Bashforth in sigma on dx/dsigma = (x - denoised) / sigma; the first steps are of lower orders."""
-    steps: list[Step] = []
-    for i, (sigma, target) in enumerate(itertools.pairwise(map(float, sigmas))):
-        nodes = [(float(sigmas[k]) - sigma) / (target - sigma) for k in range(i, max(i - order, -1), -1)]
-        weights = [(target - sigma) * weight for weight in lagrange_integrals(nodes, 0.0)]
-        history = {i - k: weight for k, weight in enumerate(weights) if k > 0}
-        slope = {"ux": 1 / sigma, "u0": -1 / sigma}
-        row = Row(t=sigma, pm=1.0, cx=1 + weights[0] / sigma, c0=-weights[0] / sigma, history=history, **slope)
-        steps.append([Stage(row=row)])
-    return steps
+def lms_steps(sigmas: FloatArray, *, order: int) -> list[Step]:
+    """Adams-Bashforth in sigma; the first steps are of lower orders."""
+    return [[Stage(row=row)] for row in lms(_grid(sigmas), order=order)]
