@@ -16,6 +16,7 @@ from benchmarks.solver_cases import (
     SolverCase,
     Walk,
     diffusers_scheduler,
+    diffusers_walk,
     engine_walk,
     network,
     normals,
@@ -102,6 +103,28 @@ class RePaintWalk(Walk):
         return relative_error(got, x)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnedVarianceWalk(Walk):
+    """A walk of a model with twice the channels, the second half of which sets the variance."""
+
+    def error(self, solver: str, options: Mapping[str, Any], diffusers: str) -> float:
+        """Relative distance of the two ends."""
+
+        def doubled(x: Tensor, t: float) -> Tensor:
+            return torch.cat([network(x, t), torch.sin(3 * x)], dim=1)
+
+        config = {**self.config, "variance_type": options["variance"]}
+        start = normals()[0][..., None]
+        x = start
+        c = build(solver, SCHEDULES[self.schedule][0], self.steps, **self.build_arguments, **options).columns
+        for i, z in zip(range(self.steps), normals()[1:, ..., None]):
+            m, v = doubled(x, c["t"][i]).chunk(2, dim=1)
+            x0 = c["px"][i] * x + c["pm"][i] * m
+            x = c["cx"][i] * x + c["c0"][i] * x0 + c["cz"][i] * torch.exp(c["lv"][i] * v) * z
+        want = diffusers_walk(diffusers, config, self.steps, start, model=doubled, noise=normals()[1:, ..., None])
+        return relative_error(x, want)
+
+
 CASES = (
     SolverCase(
         name="ddpm",
@@ -120,6 +143,17 @@ CASES = (
         diffusers="DDPMScheduler",
         guided_diffusion="p_sample_loop",
         walks=walks(*DDPM_WALKS, theirs={**NO_CLIP, "variance_type": "fixed_large"}),
+    ),
+    SolverCase(
+        name="ddpm learned_range",
+        solver="ddpm",
+        options={"variance": "learned_range"},
+        diffusers="DDPMScheduler",
+        guided_diffusion="p_sample_loop",
+        walks=tuple(
+            LearnedVarianceWalk(schedule=schedule, steps=steps, prediction_type=prediction_type, theirs=NO_CLIP)
+            for schedule, prediction_type, _, steps in DDPM_WALKS
+        ),
     ),
     SolverCase(
         name="ddim",

@@ -60,29 +60,29 @@ def tcd(grid: Grid, *, eta: float = 0.3) -> list[Row]:
 
 
 @register("consistency")
-def consistency(grid: Grid, *, sigma_min: float = 0.002, timestep_scaling: float = 1000.0) -> list[Row]:
+def consistency(grid: Grid, *, boundary_sigma: float = 0.002, timestep_scaling: float = 1000.0) -> list[Row]:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1).
 
-    x0 = c_skip * x + c_out * m with the paper's scalings that make it x itself at sigma_min (appendix C), noised to
-    sqrt(sigma_next² - sigma_min²). For prediction type "edm"; sigma_data is the schedule's.
+    x0 = c_skip * x + c_out * m with the paper's scalings that make it x itself at boundary_sigma (appendix C), noised to
+    sqrt(sigma_next² - boundary_sigma²). For prediction type "edm"; sigma_data is the schedule's.
 
     Args:
-        sigma_min: where the model's trajectories end, at least 0.
+        boundary_sigma: where the model's trajectories end, at least 0.
         timestep_scaling: the model is told timestep_scaling * ln(sigma) / 4; 1000 in the paper's released models.
     """
     if grid.prediction_type != "edm":
         raise ValueError(f"consistency is for prediction_type='edm', got {grid.prediction_type!r}")
-    if not sigma_min >= 0:
-        raise ValueError(f"sigma_min is {sigma_min}, a number of at least 0 is needed")
+    if not boundary_sigma >= 0:
+        raise ValueError(f"boundary_sigma is {boundary_sigma}, a number of at least 0 is needed")
     rows = []
     for i in range(len(grid)):
         alpha, sigma = float(grid.alpha[i]), float(grid.sigma[i] / grid.alpha[i])
-        if sigma < sigma_min * (1 - 1e-9):  # a grid that ends there may be a rounding off
-            raise ValueError(f"sigma_min={sigma_min} is above the grid's sigma = {sigma:g}")
+        if sigma < boundary_sigma * (1 - 1e-9):  # a grid that ends there may be a rounding off
+            raise ValueError(f"boundary_sigma={boundary_sigma} is above the grid's sigma = {sigma:g}")
         alpha_next, sigma_next = float(grid.alpha[i + 1]), float(grid.sigma[i + 1] / grid.alpha[i + 1])
-        gap, data = max(sigma - sigma_min, 0.0), grid.sigma_data
+        gap, data = max(sigma - boundary_sigma, 0.0), grid.sigma_data
         columns = {"px": data**2 / (gap**2 + data**2) / alpha, "pm": gap * data / math.hypot(sigma, data)}
-        std = alpha_next * math.sqrt(max(sigma_next**2 - sigma_min**2, 0.0))
+        std = alpha_next * math.sqrt(max(sigma_next**2 - boundary_sigma**2, 0.0))
         told = timestep_scaling * float(grid.t[i])
         rows.append(grid.row(i, t=told, **columns, c0=alpha_next, cz=std, draws=std > 0))
     return rows
