@@ -246,6 +246,10 @@ def test_combinations_and_other_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="must hold a UNet2DModel, got a AutoencoderKL"):
         load_diffusers_unet(tmp_path)
+    with pytest.raises(TypeError, match="or a UNet2DModel, got Linear"):
+        load_diffusers_unet(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="revision go with a path"):
+        load_diffusers_unet(diffusers.UNet2DModel(**SMALL), revision="main")
     fused = diffusers.UNet2DModel(**SMALL)
     fused.mid_block.attentions[0].fuse_projections()
     with pytest.raises(ValueError, match=r"weights that its configuration does not: mid_block.*to_qkv"):

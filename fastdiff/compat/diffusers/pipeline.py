@@ -31,7 +31,7 @@ class ReplacedForward:
 
 
 def accelerate(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     *,
     scheduler: bool = True,
     dtype: torch.dtype | None = None,
@@ -39,7 +39,7 @@ def accelerate(
     compile: bool | str = False,
     cuda_graph: bool = False,
     noise_seed: int | None = None,
-) -> DiffusionPipeline:
+) -> Any:
     """Make a diffusers pipeline fast, in place, and return it; the same seed gives the same images in float32.
 
     Args:
@@ -87,7 +87,8 @@ def accelerate(
     if compile is True:
         whole = CompiledOrEager(forward)
     # One compiled function a class: blocks of the same shape share what was compiled, and fail together.
-    compiled = {kind: CompiledOrEager(kind.forward) for kind in dict.fromkeys(map(type, blocks))}
+    kinds: set[Any] = set(map(type, blocks))
+    compiled = {kind: CompiledOrEager(kind.forward) for kind in kinds}
     for block in blocks:
         if "forward" in vars(block):
             continue  # somebody's hook, which the class does not know
@@ -99,7 +100,7 @@ def accelerate(
     return pipe
 
 
-def restore(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def restore(pipe: Any) -> Any:
     """Undo `accelerate`, in place: diffusers' own scheduler, contiguous weights, the U-Net's own forward.
 
     Models stay in their present dtype. Raises TypeError or ValueError like `accelerate` where there is no U-Net.
@@ -112,7 +113,7 @@ def restore(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def _unet(pipe: DiffusionPipeline) -> nn.Module:
+def _unet(pipe: Any) -> nn.Module:
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
     unet = getattr(pipe, "unet", None)
@@ -139,13 +140,13 @@ def _original_class(scheduler: FusedScheduler) -> Any:
     return next(kind for kind in type(scheduler).__mro__ if kind.__module__.startswith("diffusers."))
 
 
-def _set_scheduler(pipe: DiffusionPipeline, scheduler: FusedScheduler) -> None:
+def _set_scheduler(pipe: Any, scheduler: FusedScheduler) -> None:
     pipe.scheduler = scheduler
     # What model_index.json will name: a class that the loader finds without fastdiff too.
     pipe.register_to_config(scheduler=("diffusers", _original_class(scheduler).__name__))
 
 
-def _set_layout(pipe: DiffusionPipeline, channels_last: bool) -> None:
+def _set_layout(pipe: Any, channels_last: bool) -> None:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
     for model in [pipe.unet, *(getattr(pipe, name, None) for name in VAES)]:
         for weight in model.parameters() if isinstance(model, nn.Module) else ():

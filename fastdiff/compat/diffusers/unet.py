@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from fastdiff.compat.diffusers.unet_config import diffusers_config, unet_config
@@ -41,20 +41,24 @@ def load_diffusers_unet(
 
     The result has the dtype, device and mode of the UNet2DModel: float32, on the CPU and in eval mode where it is read
     from a path. Raises ValueError naming an option of the configuration that a fastdiff.UNet cannot reproduce, or
-    weights that do not fit; OSError where nothing is found.
+    weights that do not fit; OSError where nothing is found; TypeError for another kind of model.
     """
-    if isinstance(path_or_model, UNet2DModel):
-        if from_pretrained:
-            raise ValueError(f"{', '.join(from_pretrained)} go with a path, not with a UNet2DModel")
-        theirs = path_or_model
-        config = unet_config(theirs.config, null_class=null_class)
-    else:
+    if isinstance(path_or_model, (str, Path)):
         description, options = _description(path_or_model, from_pretrained)
         if description.get("_class_name", "UNet2DModel") != "UNet2DModel":
             raise ValueError(f"{path_or_model} must hold a UNet2DModel, got a {description['_class_name']}")
         # before the weights, which may be gigabytes
         config = unet_config(description, null_class=null_class)
         theirs = UNet2DModel.from_pretrained(path_or_model, **options)
+    elif isinstance(path_or_model, UNet2DModel):
+        if from_pretrained:
+            raise ValueError(f"{', '.join(from_pretrained)} go with a path, not with a UNet2DModel")
+        theirs = path_or_model
+        config = unet_config(theirs.config, null_class=null_class)
+    else:
+        raise TypeError(
+            f"path_or_model must be a path, a hub name or a UNet2DModel, got {type(path_or_model).__name__}"
+        )
     with torch.device("meta"):
         model = UNet(config)
     model.load_state_dict(_our_weights(theirs.state_dict(), list(model.state_dict())), assign=True)
