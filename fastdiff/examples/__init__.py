@@ -1,0 +1,1 @@
+"""Short programs that run as they are: python -m fastdiff.examples.own_module, and so on."""
