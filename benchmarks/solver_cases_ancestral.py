@@ -52,9 +52,10 @@ DDPM_WALKS = (
 # diffusers tells a v-prediction model one timestep and reads its output at another; the engine reads it at the same one
 INVERSE_WALKS = (("linear", "epsilon", "leading", 7), ("cosine", "epsilon", "trailing", 20))
 INVERSE_WALKS += (("scaled_linear", "epsilon", "leading", 50),)
-# every fourth timestep or more, and an even number of them, so that both mean the same timestep halfway
-PNDM_WALKS = (("linear", "epsilon", "leading", 10), ("scaled_linear", "v_prediction", "leading", 20))
+# steps of an even number of timesteps, so that both mean the same one halfway
+PNDM_WALKS = (("linear", "epsilon", "leading", 10), ("scaled_linear", "epsilon", "leading", 50))
 PNDM_WALKS += (("cosine", "epsilon", "leading", 4),)
+NOTE_PNDM = "compared for epsilon prediction; for v prediction diffusers combines outputs, not eps, and is of order 1"
 LCM_WALKS = (("scaled_linear", "epsilon", "trailing", 4), ("linear", "sample", "trailing", 1))
 LCM_WALKS += (("scaled_linear", "v_prediction", "trailing", 8), ("zero_terminal", "v_prediction", "trailing", 4))
 
@@ -192,6 +193,8 @@ CASES = (
         diffusers="PNDMScheduler",
         walks=walks(*PNDM_WALKS, theirs={"set_alpha_to_one": True}),
         order=2,
+        order_arguments={"prediction_type": "v_prediction"},
+        note=NOTE_PNDM,
     ),
     SolverCase(
         name="pndm plms",
@@ -200,6 +203,8 @@ CASES = (
         diffusers="PNDMScheduler",
         walks=walks(*PNDM_WALKS, theirs={"set_alpha_to_one": True, "skip_prk_steps": True}),
         order=2,
+        order_arguments={"prediction_type": "v_prediction"},
+        note=NOTE_PNDM,
     ),
     SolverCase(
         name="repaint",

@@ -63,8 +63,8 @@ def tcd(grid: Grid, *, eta: float = 0.3) -> list[Row]:
 def consistency(grid: Grid, *, boundary_sigma: float = 0.002, timestep_scaling: float = 1000.0) -> list[Row]:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1).
 
-    x0 = c_skip * x + c_out * m with the paper's scalings that make it x itself at boundary_sigma (appendix C), noised to
-    sqrt(sigma_next² - boundary_sigma²). For prediction type "edm"; sigma_data is the schedule's.
+    x0 = c_skip * x + c_out * m with the paper's scalings that make it x itself at boundary_sigma (appendix C), noised
+    to sqrt(sigma_next² - boundary_sigma²). For prediction type "edm"; sigma_data is the schedule's.
 
     Args:
         boundary_sigma: where the model's trajectories end, at least 0.

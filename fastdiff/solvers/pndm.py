@@ -1,81 +1,90 @@
 """Pseudo numerical methods for diffusion models: PNDM and PLMS."""
 
-import math
-
 from fastdiff.solvers.grid import Grid
+from fastdiff.solvers.line import Point, euler_step, point
 from fastdiff.solvers.registry import register
 from fastdiff.table import Row
 
-# of the last model outputs, newest first (Liu et al. 2022, equation 12, and its lower orders)
+# of the last values, newest first (Liu et al. 2022, equation 12, and its lower orders)
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+# number of steps of the Runge-Kutta start
+PSEUDO_RUNGE_KUTTA = 3
 
 
-def _transfer(grid: Grid, i: int, end: tuple[float, float]) -> tuple[float, float]:
-    """(coefficient of the state, of the output) of DDIM's step from point i to `end` (Liu et al. 2022, equation 11)."""
-    (px, pm), (ex, em) = grid.x0_from[i].tolist(), grid.eps_from[i].tolist()
-    return end[0] * px + end[1] * ex, end[0] * pm + end[1] * em
+class _Walk:
+    """Rows of steps x_end = a * x + b * (combination of values), of which several may start from the same x.
 
+    A value is eps, or on a straight path alpha + sigma = 1 the velocity eps - x0, in whose terms a step from alpha = 0
+    is defined: eps + slope * x0.
+    """
 
-class _Rows:
-    """Rows of steps x_end = a * x + sum of b_k * output_k, of which several may start from the same x."""
-
-    def __init__(self) -> None:
+    def __init__(self, grid: Grid) -> None:
         self.rows: list[Row] = []
+        self.slope = -1.0 if abs(grid.alpha + grid.sigma - 1).max() < 1e-12 else 0.0
         self._a = 1.0
-        self._b: dict[int, float] = {}
+        self._weights: dict[int, float] = {}
 
-    def add(self, row: Row, a: float, b: dict[int, float], *, restart: bool = False) -> None:
-        """Append `row`; restart: x is where the step before started, which its own result and outputs give back."""
-        ratio = a / self._a if restart else a
-        weights = dict(b)
+    def add(self, row: Row, start: Point, end: Point, combination: dict[int, float], *, restart: bool = False) -> int:
+        """Append `row` with DDIM's step (Liu et al. 2022, equation 11) from start to end; the number of its value.
+
+        Args:
+            combination: weights of values by their numbers, that of this row among them.
+            restart: x is where the step before started, which its own result and values give back.
+        """
+        # x0 and eps of a state x and a value y: x = alpha * x0 + sigma * eps, y = eps + slope * x0
+        determinant = start[0] - self.slope * start[1]
+        a = (end[0] - self.slope * end[1]) / determinant
+        b = (end[1] * start[0] - end[0] * start[1]) / determinant
+        weights = {k: b * weight for k, weight in combination.items()}
+        ratio, history = (a / self._a, dict(weights)) if restart else (a, dict(weights))
         if restart:
-            for k, weight in self._b.items():
-                weights[k] = weights.get(k, 0.0) - ratio * weight
+            for k, weight in self._weights.items():
+                history[k] = history.get(k, 0.0) - ratio * weight
+        self._a, self._weights = a, weights
         own = len(self.rows)
-        row.cx, row.cm, row.um = ratio, weights.pop(own, 0.0), 1.0
-        row.history = weights
+        weight = history.pop(own, 0.0)
+        alpha, sigma = row.at or start
+        row.ux, row.u0 = 1 / sigma, self.slope - alpha / sigma
+        row.cx, row.c0, row.history = ratio + weight * row.ux, weight * row.u0, history
         self.rows.append(row)
-        self._a, self._b = a, b
+        return own
 
 
 @register("pndm")
 def pndm(grid: Grid, *, plms: bool = False) -> list[Row]:
-    """Liu et al. 2022: the multistep formula of Adams and Bashforth on the model's outputs, each step by DDIM's rule.
+    """Liu et al. 2022: the multistep formula of Adams and Bashforth on eps, each step by DDIM's rule; of order 2.
 
-    It needs three earlier outputs. Algorithm 2's start takes up to three pseudo Runge-Kutta steps of four evaluations
-    each. What is combined is the model's output, whatever it predicts, and no x0 is formed: there is nothing to clip.
+    It needs three earlier values. Algorithm 2's start takes up to three pseudo Runge-Kutta steps, of four evaluations
+    each. A step from alpha = 0, where eps does not lead anywhere, is DDIM's, and the method starts after it.
 
     Args:
-        plms: start with one step of Euler and a half, then rising orders, as latent diffusion does: n + 1 evaluations.
-
-    Raises:
-        ValueError: clip_sample is given.
+        plms: start with one step of Euler and a half, then rising orders, as latent diffusion does: one evaluation more
+            than there are steps.
     """
-    if grid.lim != math.inf:
-        raise ValueError(
-            f"pndm combines the model's outputs and forms no x0 to clip: clip_sample is {grid.lim}, not None"
-        )
-    walk, outputs = _Rows(), []
-    ends = [(float(alpha), float(sigma)) for alpha, sigma in zip(grid.alpha[1:], grid.sigma[1:])]
-    for i, end in enumerate(ends):
-        k = len(walk.rows)
-        outputs.append(k)
-        a, b = _transfer(grid, i, end)
-        if i + 1 < len(grid) and plms and i == 0:
-            walk.add(grid.row(0), a, {k: b})
-            walk.add(grid.row(1), a, {k: b / 2, k + 1: b / 2}, restart=True)
-        elif i + 1 < len(grid) and not plms and i < 3:
+    walk, values = _Walk(grid), []
+    first = 0
+    if grid.alpha[0] == 0 and walk.slope == 0:
+        walk.rows.append(grid.row(0, **euler_step(point(grid, 0), point(grid, 1))))
+        first = 1
+    for i in range(first, len(grid)):
+        start, end, k = point(grid, i), point(grid, i + 1), len(walk.rows)
+        values.append(k)
+        not_last = i + 1 < len(grid)
+        if not_last and plms and i == first:
+            walk.add(grid.row(i), start, end, {k: 1.0})
+            walk.add(grid.row(i + 1), start, end, {k: 1 / 2, k + 1: 1 / 2}, restart=True)
+        elif not_last and not plms and i < first + PSEUDO_RUNGE_KUTTA:
             time = _middle(grid.timestep(i), grid.timestep(i + 1))
             level = grid.level(time)
-            a_middle, b_middle = _transfer(grid, i, level)
             middle = grid.point(*level, timestep=time)
-            walk.add(grid.row(i), a_middle, {k: b_middle})
-            walk.add(middle.row(0), a_middle, {k + 1: b_middle}, restart=True)
-            walk.add(middle.row(0), a, {k + 2: b}, restart=True)
-            walk.add(grid.row(i + 1), a, {k: b / 6, k + 1: b / 3, k + 2: b / 3, k + 3: b / 6}, restart=True)
+            walk.add(grid.row(i), start, level, {k: 1.0})
+            walk.add(middle.row(0), start, level, {k + 1: 1.0}, restart=True)
+            walk.add(middle.row(0), start, end, {k + 2: 1.0}, restart=True)
+            sixths = {k: 1 / 6, k + 1: 2 / 6, k + 2: 2 / 6, k + 3: 1 / 6}
+            walk.add(grid.row(i + 1), start, end, sixths, restart=True)
         else:
-            weights = ADAMS_BASHFORTH[min(len(outputs), 4) - 1]
-            walk.add(grid.row(i), a, {source: b * weight for source, weight in zip(reversed(outputs), weights)})
+            weights = ADAMS_BASHFORTH[min(len(values), 4) - 1]
+            walk.add(grid.row(i), start, end, dict(zip(reversed(values), weights)))
     return walk.rows
 
 

@@ -66,7 +66,6 @@ def test_a_finite_table_or_a_reason(solver, kind):
         ("kdpm2_a", {"eta": 1.1}, "eta is 1.1"),
         ("lms", {"order": 5}, "order is 5"),
         ("lms", {"order": 0}, "order is 0"),
-        ("pndm", {"clip_sample": 1.0}, "clip_sample is 1.0"),
         ("lcm", {"timestep_scaling": 0.0}, "timestep_scaling=0.0"),
         ("lcm", {"original_inference_steps": 3}, "original_inference_steps = 3"),
         ("tcd", {"eta": 2.0}, "eta is 2.0"),
