@@ -21,6 +21,8 @@ class FastDEISMultistepScheduler(ExponentialScheduler, DEISMultistepScheduler):
     def _check_config(self) -> None:
         super()._check_config()
         self._check_order(3)
+        if self.config.prediction_type == "flow_prediction":
+            self._accept("use_flow_sigmas", (True,))
 
     def _rows_for_walk(self, begin: int) -> list[Row]:
         return deis(self._grid(begin), order=self.config.solver_order, lower_order_final=self._falls())

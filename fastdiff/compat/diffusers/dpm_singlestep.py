@@ -44,13 +44,12 @@ class FastDPMSolverSinglestepScheduler(ExponentialScheduler, DPMSolverSinglestep
             third_order="diffusers",
             save_start=True,
         )
-        # A saved first sample is a value older than any in model_outputs.
         walk: list[Row] = []
-        places: dict[int, int | None] = {}
+        places: dict[int, int | None] = {}  # of a row among those that evaluate the model; the others save a sample
         for k, row in enumerate(rows):
             places[k] = len(walk) if row.ev else None
             if row.ev:
-                oldest = len(walk) - self.config.solver_order - 1
+                oldest = self._oldest(len(walk))
                 named = {places[source]: h for source, h in row.history.items()}
                 row.history = {oldest if place is None else place: h for place, h in named.items()}
                 walk.append(row)
@@ -77,17 +76,13 @@ class FastDPMSolverSinglestepScheduler(ExponentialScheduler, DPMSolverSinglestep
             noise = self._noise(sample, generator, timestep, dtype)
         if self._order_at(index) == 1:
             self.sample = sample
-        remembered = self.model_outputs
-        self.model_outputs = [self.sample, *remembered]
-        try:
-            (prev_sample,) = self._walk(
-                model_output,
-                timestep,
-                sample,
-                noise=noise,
-                thresholding=self.config.thresholding,
-                out_dtype=dtype,
-            )
-        finally:
-            self.model_outputs = self.model_outputs[-len(remembered) :]
+        prev_sample = self._walk_from(
+            self.sample,
+            model_output,
+            timestep,
+            sample,
+            noise=noise,
+            thresholding=self.config.thresholding,
+            out_dtype=dtype,
+        )
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)

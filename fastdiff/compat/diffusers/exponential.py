@@ -25,7 +25,6 @@ class ExponentialScheduler(MultistepScheduler):
 
     num_inference_steps: int | None
     sigmas: Tensor
-    lower_order_nums: int
 
     def _levels(self, begin: int) -> FloatArray:
         return self.sigmas[begin:].double().cpu().numpy()
@@ -61,6 +60,32 @@ class ExponentialScheduler(MultistepScheduler):
                 f"prediction_type is {kind!r}, which {type(self).__name__} cannot walk with "
                 f"{option}={getattr(self.config, option)!r}, a form for predictions of the noise"
             )
+
+    def _walk_from(
+        self,
+        kept: Tensor | None,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *,
+        noise: Tensor | None = None,
+        thresholding: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """A step of rows that read one more tensor: `kept`, a value older than any in `model_outputs` (`_oldest`)."""
+        remembered = len(self.model_outputs)
+        self.model_outputs = [kept, *self.model_outputs]
+        try:
+            (prev_sample,) = self._walk(
+                model_output, timestep, sample, noise=noise, thresholding=thresholding, out_dtype=out_dtype
+            )
+        finally:
+            self.model_outputs = self.model_outputs[-remembered:]
+        return prev_sample
+
+    def _oldest(self, row: int) -> int:
+        """What a row's history calls the tensor that `_walk_from` adds."""
+        return row - self.config.solver_order - 1
 
     def _check_ready(self) -> None:
         if self.num_inference_steps is None:
