@@ -260,6 +260,7 @@ def test_combinations_and_other_models_are_named(tmp_path: Path) -> None:
     ("field", "options"),
     [
         ("cross_attention_dim", {"cross_attention_dim": 4}),
+        ("condition_channels", {"condition_channels": 1}),
         ("attention_norm_eps", {"attention_norm_eps": 1e-3}),
         ("channel_mult", {"channel_mult": (2, 4)}),
         ("num_heads", {"num_heads": 2, "attention_resolutions": (8, 4)}),

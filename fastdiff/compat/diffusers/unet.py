@@ -68,8 +68,9 @@ def load_diffusers_unet(
 def to_diffusers_unet(unet: UNet) -> UNet2DModel:
     """The diffusers UNet2DModel that computes what a fastdiff.UNet computes, with a copy of its weights.
 
-    Raises ValueError naming a field of `unet.config` that UNet2DModel has nothing for: cross_attention_dim, another
-    attention_norm_eps than norm_eps, channel_mult that does not start with 1, num_heads where heads differ in size.
+    Raises ValueError naming a field of `unet.config` that UNet2DModel has nothing for: cross_attention_dim,
+    condition_channels, another attention_norm_eps than norm_eps, channel_mult that does not start with 1, num_heads
+    where heads differ in size.
     """
     options = diffusers_config(unet.config)
     with torch.device("meta"):

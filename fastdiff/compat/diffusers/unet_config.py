@@ -125,6 +125,8 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         raise _not_in_diffusers("cross_attention_dim", config.cross_attention_dim, "None")
     if config.condition_channels:
         raise _not_in_diffusers("condition_channels", config.condition_channels, "0")
+    if config.condition_channels:
+        raise _not_in_diffusers("condition_channels", config.condition_channels, "0")
     if config.attention_norm_eps not in (None, config.norm_eps):
         raise _not_in_diffusers("attention_norm_eps", config.attention_norm_eps, f"norm_eps, {config.norm_eps}")
     if config.channel_mult[0] != 1:
