@@ -156,7 +156,10 @@ def _train(command: Train) -> int:
         return INTERRUPTED
     loss = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
     print(f"{result.step} steps{loss}: {result.checkpoint}")
-    print(f"sample from it with: fastdiff sample --checkpoint {result.checkpoint}")
+    if result.superres is not None:
+        print(result.superres.describe())
+    inputs = "" if command.task == "generate" else " --input IMAGE ..."
+    print(f"sample from it with: fastdiff sample --checkpoint {result.checkpoint}{inputs}")
     return 0
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff import superres
 from fastdiff.checkpoint import CONFIG, Checkpoint, CheckpointError, latest_checkpoint, load_model
 from fastdiff.device import resolve_device
 from fastdiff.images import image_grid, save_png, to_uint8
@@ -68,6 +69,7 @@ def generate(config: SampleConfig, *, progress: bool = False) -> Generated:
         raise ValueError(
             f"out must be None for samples of {model_config.in_channels} channels, a PNG has 1 or 3: use save_npy"
         )
+    condition = _condition(config, loaded)
     sampler = Sampler(
         loaded.model,
         loaded.schedule,
@@ -79,20 +81,21 @@ def generate(config: SampleConfig, *, progress: bool = False) -> Generated:
         device=device,
         compile=config.compile,
     )
-    shape = (model_config.in_channels, model_config.sample_size, model_config.sample_size)
+    size = (model_config.sample_size, model_config.sample_size) if condition is None else tuple(condition.shape[2:])
+    shape = (model_config.in_channels, *size)
     with contextlib.ExitStack() as outputs:
         # Opened before sampling: a place that cannot be written to is not found out at the end.
         png = outputs.enter_context(_replacing(config.out)) if config.out else None
         npy = outputs.enter_context(_replacing(config.save_npy)) if config.save_npy else None
         started = time.perf_counter()
-        images = _sample(sampler, shape, config, labels, device, progress=progress)
+        images = _sample(sampler, shape, config, labels, condition, device, progress=progress)
         seconds = time.perf_counter() - started
         if not images.isfinite().all():
             raise FloatingPointError(f"the samples of {directory} with {config.solver} are not finite")
         images = images.clamp(-1, 1)
         if png is not None:
             scale = config.scale or max(1, READABLE_PIXELS // max(shape[1:]))
-            save_png(image_grid(to_uint8(images), _columns(config, loaded)), png, scale=scale)
+            save_png(image_grid(to_uint8(images), _columns(config, loaded, len(images))), png, scale=scale)
         if npy is not None:
             np.save(npy, images.numpy())
     return Generated(
@@ -150,11 +153,32 @@ def _guidance_scale(config: SampleConfig, loaded: Checkpoint) -> float | None:
     return None if scale == 1 else scale
 
 
-def _columns(config: SampleConfig, loaded: Checkpoint) -> int:
+def _condition(config: SampleConfig, loaded: Checkpoint) -> Tensor | None:
+    """float32 [N, C, H, W] what a model of task superres is shown, None for another model."""
+    channels = loaded.model.config.condition_channels
+    if not channels:
+        if config.input is not None:
+            raise ValueError("input must be None for a model that was not trained with task superres")
+        return None
+    if config.input is None:
+        raise ValueError("input is needed, the images to enlarge: this model was trained with task superres")
+    images = superres.read_images(config.input, channels)
+    factor = loaded.config["superres_factor"]
+    height, width = (factor * size for size in images.shape[2:])
+    multiple = loaded.model.config.downsampling_factor
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"input images of {images.shape[3]}x{images.shape[2]} pixels become {width}x{height}, "
+            f"but this model takes multiples of {multiple} only"
+        )
+    return superres.enlarge(images, (height, width))
+
+
+def _columns(config: SampleConfig, loaded: Checkpoint, count: int) -> int:
     """Near a square, and whole cycles of the classes in a row where these are few."""
-    side = math.ceil(math.sqrt(config.num))
+    side = math.ceil(math.sqrt(count))
     cycle = len(config.class_labels or ()) or loaded.model.config.num_classes or 1
-    return min(config.num, -(-side // cycle) * cycle if cycle <= 2 * side else side)
+    return min(count, -(-side // cycle) * cycle if cycle <= 2 * side else side)
 
 
 def _sample(
@@ -162,14 +186,17 @@ def _sample(
     shape: tuple[int, ...],
     config: SampleConfig,
     labels: Tensor | None,
+    condition: Tensor | None,
     device: torch.device,
     *,
     progress: bool,
 ) -> Tensor:
     parts = []
-    for first in range(0, config.num, config.batch_size):
-        indices = torch.arange(first, min(first + config.batch_size, config.num))
-        kwargs = {} if labels is None else {"class_labels": labels[indices].to(device)}
+    num = config.num if condition is None else len(condition)
+    for first in range(0, num, config.batch_size):
+        indices = torch.arange(first, min(first + config.batch_size, num))
+        given = {"class_labels": labels, "condition": condition}
+        kwargs = {name: value[indices].to(device) for name, value in given.items() if value is not None}
         parts.append(
             sampler.sample(
                 (len(indices), *shape),

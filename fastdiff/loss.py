@@ -107,17 +107,20 @@ class DiffusionLoss:
         sample_indices: Tensor,
         epochs: Tensor,
         *,
+        condition: Tensor | None = None,
         grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted loss float32 [B], the model's output, and grad_scale * d loss[b] / d output, like the output.
 
-        images: uint8 (or float in [-1, 1]) [B, C, H, W]; labels int64 [B] or None; sample_indices, epochs int64 [B].
+        images: uint8 (or float in [-1, 1]) [B, C, H, W]; labels int64 [B] or None; sample_indices, epochs int64 [B];
+        condition: what the model takes under this name, or None.
         To train, call `output.backward(gradient=grad)`: the gradient comes with the loss, in the same pass.
         """
         t = self.timesteps(sample_indices, epochs)
         if labels is not None:
             labels = self.drop_labels(labels, sample_indices, epochs)
-        return self._loss(model, images, labels, t, self.weights[t], self.seed, sample_indices, epochs, grad_scale)
+        kwargs = _model_kwargs(labels, condition)
+        return self._loss(model, images, kwargs, t, self.weights[t], self.seed, sample_indices, epochs, grad_scale)
 
     @torch.no_grad()
     def evaluate(
@@ -126,6 +129,7 @@ class DiffusionLoss:
         images: Tensor,
         labels: Tensor | None,
         *,
+        condition: Tensor | None = None,
         batch_size: int = 256,
         seed: int = 0,
     ) -> Tensor:
@@ -143,9 +147,9 @@ class DiffusionLoss:
         losses = []
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
-            part_labels = None if labels is None else labels[part]
+            kwargs = {name: value[part] for name, value in _model_kwargs(labels, condition).items()}
             loss, _, _ = self._loss(
-                model, images[part], part_labels, timesteps[part], None, seed, indices[part], epochs[part], 1.0
+                model, images[part], kwargs, timesteps[part], None, seed, indices[part], epochs[part], 1.0
             )
             losses.append(loss)
         return torch.cat(losses).mean()
@@ -154,7 +158,7 @@ class DiffusionLoss:
         self,
         model: Callable[..., Tensor],
         images: Tensor,
-        labels: Tensor | None,
+        kwargs: dict[str, Tensor],
         t: Tensor,
         weight: Tensor | None,
         seed: int,
@@ -165,7 +169,6 @@ class DiffusionLoss:
         x_t = q_sample(
             images, t, self.table, seed=seed, sample_indices=sample_indices, draw=epochs, out_dtype=self.dtype
         )
-        kwargs = {} if labels is None else {"class_labels": labels}
         output = model(x_t, self.timestep_conditions[t], **kwargs)
         # mse regenerates the noise instead of reading it back.
         loss, grad = mse(
@@ -181,3 +184,8 @@ class DiffusionLoss:
             grad_scale=grad_scale,
         )
         return loss, output, grad
+
+
+def _model_kwargs(labels: Tensor | None, condition: Tensor | None) -> dict[str, Tensor]:
+    given = {"class_labels": labels, "condition": condition}
+    return {name: value for name, value in given.items() if value is not None}

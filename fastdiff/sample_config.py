@@ -21,12 +21,14 @@ class SampleConfig:
     """A checkpoint, or the folder of a training run (its newest one); None takes the packaged digits model."""
     num: int = 64
     """How many samples."""
+    input: tuple[Path, ...] | None = None
+    """Images of one size to enlarge, for a model of task superres; one sample is drawn of each, num does not count."""
     class_labels: tuple[int, ...] | None = None
     """Classes to draw, repeated until there are enough; None takes all classes in turn."""
     seed: int = 0
     """Sample i depends on the seed and on i alone."""
     solver: str = "dpmpp_2m"
-    """How to walk from noise to image: ddpm, ddim, euler, euler_a or dpmpp_2m."""
+    """How to walk from noise to image: ddim, dpmpp_2m, unipc, ... An unknown name lists all."""
     num_inference_steps: int = 15
     """Steps of the walk, at most as many as the model was trained with."""
     guidance_scale: float | None = None
@@ -51,6 +53,8 @@ class SampleConfig:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.class_labels is not None and not self.class_labels:
             raise ValueError("class_labels must hold at least one class, got none")
+        if self.input is not None and not self.input:
+            raise ValueError("input must name at least one image, got none")
         if self.dtype not in get_args(SampleDtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(SampleDtype))}, got {self.dtype!r}")
         if self.out is not None and Path(self.out).suffix.lower() != ".png":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, superres
 from fastdiff.compilation import CompiledOrEager
 from fastdiff.data import BatchOrder, Dataset, EmptySplitError, load_dataset, random_flip
 from fastdiff.device import resolve_device
@@ -29,6 +29,7 @@ from fastdiff.images import image_grid, save_png, to_uint8
 from fastdiff.loss import DiffusionLoss
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.superres import SuperresScore
 from fastdiff.train_config import TrainConfig
 from fastdiff.train_log import TrainLog
 from fastdiff.unet import UNet, UNetConfig
@@ -43,13 +44,17 @@ FREE_ON_RESUME |= {"log_every", "checkpoint_every", "sample_every"}
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainResult:
-    """model: the averaged weights, in eval mode; checkpoint: the last one; completed: False after an interruption."""
+    """model: the averaged weights, in eval mode; checkpoint: the last one; completed: False after an interruption.
+
+    superres: how well a model of task superres restores held-out images.
+    """
 
     model: UNet
     checkpoint: Path
     step: int
     held_out_loss: float | None
     completed: bool
+    superres: SuperresScore | None = None
 
 
 def train(
@@ -95,6 +100,7 @@ def train(
         dtype=autocast_dtype,
         device=device,
     )
+    conditions = _conditions(config)
     order = BatchOrder(config.seed, len(dataset), config.batch_size, device=device)
     start = _restore(loaded, model, ema, optimizer) if resumed else 0
     step, saved, held_out_loss = start, resumed, None
@@ -109,6 +115,8 @@ def train(
         "model": model_config.to_dict(),
         "schedule": schedule.to_config(),
         "prediction_type": config.prediction_type,
+        "task": config.task,
+        "superres_factor": config.superres_factor if config.task == "superres" else None,
         "dataset": config.dataset,
         "image_shape": list(dataset.image_shape),
         "num_classes": model_config.num_classes,
@@ -143,7 +151,13 @@ def train(
                     images = random_flip(images, seed=config.seed, sample_indices=part_indices, epochs=part_epochs)
                 with autocast():
                     loss, prediction, gradient = objective(
-                        network, images, labels, part_indices, part_epochs, grad_scale=1 / config.batch_size
+                        network,
+                        images,
+                        labels,
+                        part_indices,
+                        part_epochs,
+                        condition=conditions(images),
+                        grad_scale=1 / config.batch_size,
                     )
                 prediction.backward(gradient=gradient)
                 losses.append(loss)
@@ -163,7 +177,7 @@ def train(
                 bar.set_postfix(loss=f"{log.flush(saved):.4f}")
             if checkpointing:
                 with autocast():
-                    held_out_loss = _held_out_loss(objective, ema.model, held_out)
+                    held_out_loss = _held_out_loss(objective, ema.model, held_out, conditions)
                 log.write({"step": step, "held_out_loss": held_out_loss})
                 saved = checkpoint.save_checkpoint(
                     output / f"step-{step}",
@@ -174,14 +188,26 @@ def train(
                 )
                 log.plot(output / "loss.png")
             if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
-                _draw_samples(ema.model, schedule, config, dataset, output / "samples" / f"step-{step}.png")
+                _draw_samples(ema.model, schedule, config, held_out or dataset, output / "samples" / f"step-{step}.png")
             if stopping:
                 break
     completed = step >= config.steps
     if not completed:
         print(f"stopped after step {step}; continue with: {config.command()} --resume")
     assert saved is not None  # a run that does no step is a resumed one
-    return TrainResult(model=ema.model, checkpoint=saved, step=step, held_out_loss=held_out_loss, completed=completed)
+    score = None
+    if completed and config.task == "superres" and held_out is not None:
+        images = held_out.images[:EVALUATION_IMAGES]
+        score = superres.evaluate(ema.model, schedule, config.prediction_type, images, config.superres_factor)
+        log.write({"step": step, "superres": asdict(score)})
+    return TrainResult(
+        model=ema.model,
+        checkpoint=saved,
+        step=step,
+        held_out_loss=held_out_loss,
+        completed=completed,
+        superres=score,
+    )
 
 
 def _find_run(config: TrainConfig) -> Path | None:
@@ -220,7 +246,8 @@ def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
 def _load_data(config: TrainConfig, device: torch.device) -> tuple[Dataset, Dataset | None]:
     def load(split: str) -> Dataset:
         dataset = load_dataset(config.dataset, split=split, image_size=config.image_size, root=config.data_root)
-        return dataset.to(device) if config.class_conditional else replace(dataset, labels=None).to(device)
+        labelled = config.class_conditional and config.task == "generate"
+        return dataset.to(device) if labelled else replace(dataset, labels=None).to(device)
 
     dataset = load("train")
     try:
@@ -236,6 +263,8 @@ def _model_config(config: TrainConfig, dataset: Dataset) -> UNetConfig:
         raise ValueError(
             f"image_size must be given, because the images of {config.dataset} are {width}x{height}, not square"
         )
+    if config.task == "superres":
+        superres.low_resolution(dataset.images[:1], config.superres_factor)  # raises where it does not divide the size
     preset = PRESETS[config.model]
     if height % preset.downsampling_factor:
         raise ValueError(
@@ -247,9 +276,17 @@ def _model_config(config: TrainConfig, dataset: Dataset) -> UNetConfig:
         sample_size=height,
         in_channels=channels,
         out_channels=channels,
+        condition_channels=channels if config.task == "superres" else 0,
         num_classes=dataset.num_classes if dataset.labels is not None else None,
         attention_resolutions=tuple(height // factor for factor in attended),
     )
+
+
+def _conditions(config: TrainConfig) -> Callable[[Tensor], Tensor | None]:
+    """What the model is shown of a batch of images, besides their noisy selves and labels."""
+    if config.task == "generate":
+        return lambda images: None
+    return lambda images: superres.condition(images, config.superres_factor)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
@@ -282,11 +319,17 @@ def _restore(loaded: checkpoint.TrainState, model: nn.Module, ema: EMA, optimize
     return state["step"]
 
 
-def _held_out_loss(objective: DiffusionLoss, model: UNet, held_out: Dataset | None) -> float | None:
+def _held_out_loss(
+    objective: DiffusionLoss,
+    model: UNet,
+    held_out: Dataset | None,
+    conditions: Callable[[Tensor], Tensor | None],
+) -> float | None:
     if held_out is None:
         return None
     labels = None if held_out.labels is None else held_out.labels[:EVALUATION_IMAGES]
-    return objective.evaluate(model, held_out.images[:EVALUATION_IMAGES], labels).item()
+    images = held_out.images[:EVALUATION_IMAGES]
+    return objective.evaluate(model, images, labels, condition=conditions(images)).item()
 
 
 class _Interruption:
@@ -309,10 +352,16 @@ class _Interruption:
 
 
 def _draw_samples(model: UNet, schedule: NoiseSchedule, config: TrainConfig, dataset: Dataset, path: Path) -> None:
-    """Four rows of samples with the averaged weights, the classes side by side; the same noise every time."""
+    """Four rows of samples with the averaged weights, the classes side by side; the same noise every time.
+
+    For super-resolution: rows of what the model is shown, of what it makes of it, and of the images themselves.
+    """
     num_classes = model.config.num_classes
     columns = min(num_classes or 8, 10)
     kwargs = {}
+    if config.task == "superres":
+        originals = dataset.images[:columns]
+        kwargs["condition"] = superres.condition(originals, config.superres_factor)
     if num_classes is not None:
         kwargs["class_labels"] = torch.arange(4 * columns, device=dataset.images.device) % columns
     sampler = Sampler(
@@ -323,6 +372,11 @@ def _draw_samples(model: UNet, schedule: NoiseSchedule, config: TrainConfig, dat
         prediction_type=config.prediction_type,
         cuda_graph=False,
     )
-    images = sampler.sample((4 * columns, *dataset.image_shape), seed=config.seed, model_kwargs=kwargs)
+    rows = 1 if config.task == "superres" else 4
+    count = rows * columns if rows > 1 else len(kwargs["condition"])
+    images = to_uint8(sampler.sample((count, *dataset.image_shape), seed=config.seed, model_kwargs=kwargs))
+    if config.task == "superres":
+        images = torch.cat([to_uint8(kwargs["condition"]), images, originals])
+        columns = count
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(image_grid(to_uint8(images), columns), path, scale=max(1, 64 // dataset.image_shape[-1]))
+    save_png(image_grid(images, columns), path, scale=max(1, 64 // dataset.image_shape[-1]))

@@ -26,6 +26,7 @@ BOUNDS = {
     **dict.fromkeys(("learning_rate", "max_grad_norm", "min_snr_gamma"), (1e-30, float("inf"), "greater than 0")),
     "weight_decay": (0, float("inf"), "at least 0"),
     "label_dropout": (0, 1, "in [0, 1)"),
+    "superres_factor": (2, 65, "in [2, 64]"),
     "ema_decay": (0, 1, "in [0, 1)"),
     "seed": (0, 2**63, "in [0, 2^63)"),
 }
@@ -35,6 +36,11 @@ BOUNDS = {
 class TrainConfig:
     """Options of a training run; the defaults are the recipe of the packaged digits model."""
 
+    task: Literal["generate", "superres"] = "generate"
+    """generate: draw images like those of the dataset. superres: restore its images from a lower resolution (without
+    labels and their options)."""
+    superres_factor: int = 2
+    """How many times smaller the images are that task superres starts from."""
     dataset: str = "digits"
     """What to learn: digits (bundled with scikit-learn), mnist, cifar10, or folder:PATH of images."""
     data_root: str = "data"

@@ -119,7 +119,7 @@ class UNet(nn.Module):
         self.class_embedding: nn.Embedding | None = None
         if config.num_classes is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeddings, embedding_channels)
-        self.conv_in = nn.Conv2d(config.in_channels, channels, kernel_size=3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels + config.condition_channels, channels, kernel_size=3, padding=1)
 
         levels = list(zip(config.level_channels, config.level_resolutions))
         skip_channels = [channels]
@@ -177,6 +177,7 @@ class UNet(nn.Module):
         t: Tensor,
         class_labels: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Predict from the noisy images x [B, in_channels, H, W] at timesteps t [B] (integer or floating).
 
@@ -184,12 +185,14 @@ class UNet(nn.Module):
         all, and is an error where the model has classes but not that one. Their range is checked on the CPU only: on a
         GPU that would synchronise the host with the device.
         encoder_hidden_states: [B, S, cross_attention_dim]; needed exactly when the model has cross-attention.
+        condition: [B, condition_channels, H, W] of any float dtype; needed exactly when the model has such channels.
         H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
 
         Returns [B, out_channels, H, W], channels-last, in the dtype of the weights (or of autocast). Raises ValueError
         for inputs that do not fit the configuration.
         """
         self._validate_inputs(x, t, class_labels, encoder_hidden_states)
+        self._validate_condition(x, condition)
         embedding = self.time_embedding(t)
         if self.class_embedding is not None:
             if class_labels is None:
@@ -199,6 +202,8 @@ class UNet(nn.Module):
         # Every residual block starts with this SiLU: once is enough.
         embedding = F.silu(embedding)  # [B, 4 * model_channels]
 
+        if condition is not None:
+            x = torch.cat([x, condition.to(x.dtype)], dim=1)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
             skips += block(skips[-1], embedding, encoder_hidden_states)
@@ -260,6 +265,14 @@ class UNet(nn.Module):
         shape = encoder_hidden_states.shape
         if len(shape) != 3 or shape[0] != batch or shape[2] != dim:
             raise ValueError(f"encoder_hidden_states must have shape [{batch}, S, {dim}], got {list(shape)}")
+
+    def _validate_condition(self, x: Tensor, condition: Tensor | None) -> None:
+        channels = self.config.condition_channels
+        expected = [x.shape[0], channels, *x.shape[2:]]
+        got = None if condition is None else list(condition.shape)
+        if (channels or condition is not None) and (not channels or got != expected):
+            accepted = f"have shape {expected}" if channels else "be None for a model with condition_channels=0"
+            raise ValueError(f"condition must {accepted}, got {got}")
 
 
 def _residual_block(config: UNetConfig, in_channels: int, out_channels: int, **resample: Any) -> ResidualBlock:

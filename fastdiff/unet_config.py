@@ -24,6 +24,8 @@ class UNetConfig:
     dropout: probability, in [0, 1), inside the residual blocks.
     num_classes: None, or the number of classes.
     null_class: with classes, whether label `num_classes` exists and means "no class".
+    condition_channels: channels of an image, of the size of the noisy one, that the first convolution also sees: the
+        enlarged low-resolution image of super-resolution (Saharia et al. 2022, SR3).
     cross_attention_dim: None, or the channels D of a sequence that every attention also attends to.
     use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block; else it is added.
     resblock_updown: resample inside residual blocks (ADM) instead of by strided and upsampled convs (DDPM).
@@ -45,6 +47,7 @@ class UNetConfig:
     dropout: float = 0.0
     num_classes: int | None = None
     null_class: bool = True
+    condition_channels: int = 0
     cross_attention_dim: int | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
@@ -80,6 +83,8 @@ class UNetConfig:
                 _require_positive_int(name, getattr(self, name))
         if not isinstance(self.null_class, bool):
             raise ValueError(f"null_class must be True or False, got {self.null_class!r}")
+        if type(self.condition_channels) is not int or self.condition_channels < 0:
+            raise ValueError(f"condition_channels must be an integer of at least 0, got {self.condition_channels!r}")
         self._validate_ranges()
         self._validate_divisibility()
 

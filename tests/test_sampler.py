@@ -540,7 +540,3 @@ def test_captured_rows_equal_eager_ones_without_host_synchronisation():
     assert torch.equal(first, kept)
     assert torch.equal(second, eager_second)
     assert not torch.equal(first, second)
-
-
-def test_every_registered_solver_is_tested_here():
-    assert set(SOLVERS) == set(solvers.names())
