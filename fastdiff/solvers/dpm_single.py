@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastdiff.solvers.dpm import check_eta, slope_of
-from fastdiff.solvers.exponential import THIRD_ORDERS, Interval, check_order, divided_difference, row
+from fastdiff.solvers.exponential import THIRD_ORDERS, Interval, check_order, divided_difference, positions, row
 from fastdiff.solvers.grid import Grid
 from fastdiff.solvers.registry import SolverFunction, register
 from fastdiff.table import Row
@@ -23,7 +23,7 @@ def group_orders(grid: Grid, order: int) -> list[int]:
 
 
 def _stage_weights(
-    grid: Grid, interval: Interval, nodes: list[float], solver_type: str, third_order: str, alpha_next: float
+    interval: Interval, nodes: list[float], solver_type: str, third_order: str, alpha_next: float
 ) -> list[float]:
     if len(nodes) == 3 and solver_type == "midpoint":
         # the slope between the first and the last value alone (Lu et al. 2022a, algorithm 2)
@@ -82,9 +82,10 @@ def singlestep(
             raise ValueError(
                 f"row {i} is of order {order}, but a group that starts at alpha = 0 or ends at sigma = 0 is of order 1"
             )
-        nodes = [0.0, *(float(log_snr[k] - log_snr[start]) / h for k in range(start + 1, i + 1))]
-        values = _stage_weights(grid, interval, nodes, solver_type, third_order, float(grid.alpha[i + 1]))
-        weights = {index[start + k]: weight for k, weight in enumerate(values)}
+        nodes = positions(grid, start, i + 1, range(start + 1, i + 1))
+        at = list(nodes.values())
+        values = _stage_weights(interval, at, solver_type, third_order, float(grid.alpha[i + 1]))
+        weights = {index[k]: weight for k, weight in zip(nodes, values, strict=True)}
         if order == 1:
             rows.append(row(grid, i, interval, weights, form=form, at=index[i]))
         elif save_start:
@@ -92,7 +93,7 @@ def singlestep(
             rows.append(row(grid, i, replace(interval, decay=0.0), weights, form=form, at=index[i]))
         else:
             ratio = interval.decay / decay
-            change = {k: weight - ratio * before.get(k, 0.0) for k, weight in weights.items()}
+            change = {k: weights.get(k, 0.0) - ratio * before.get(k, 0.0) for k in weights | before}
             rows.append(row(grid, i, replace(interval, decay=ratio), change, form=form, at=index[i]))
         decay, before = interval.decay, weights
     return rows

@@ -18,8 +18,9 @@ reverse SDE. Only ratios of alpha and sigma enter, so the formulas hold in every
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Interval:
         if form == "data":
             shrink = alpha * sigma_next / (sigma * alpha_next)  # exp(-h), also where h is infinite
             decay = sigma_next / sigma * shrink ** (tau**2)
-            std = sigma_next * math.sqrt(1 - shrink ** (2 * tau**2))
+            std = sigma_next * math.sqrt(max(1 - shrink ** (2 * tau**2), 0.0))
             return cls(
                 decay=decay, constant=alpha_next - alpha * decay, scale=q * alpha_next * h, exponent=-q * h, std=std
             )
@@ -117,18 +118,22 @@ class Interval:
         return [self.scale * integral for integral in lagrange_integrals(nodes, self.exponent)]
 
 
-def nodes_before(grid: Grid, i: int, count: int) -> list[float]:
-    """Positions of points i, i - 1, ... in the interval i to i + 1: `count` of them, or as many as exist.
+def positions(grid: Grid, start: int, end: int, points: Iterable[int]) -> dict[int, float]:
+    """Where points stand in the interval between two of them: 0 at the start, 1 at the end; the start comes first.
 
-    A point with alpha = 0 is infinitely far away and has no weight. Only point i counts where the interval is
-    infinitely long (from alpha = 0, to sigma = 0) or has no length.
+    A point with alpha = 0 is infinitely far away and has no weight, and of points at one place the first one counts.
+    Only the start does where the interval is infinitely long (from alpha = 0, to sigma = 0) or has no length.
     """
     log_snr = grid.log_snr
-    h = log_snr[i + 1] - log_snr[i]
+    h = log_snr[end] - log_snr[start]
+    found = {start: 0.0}
     if h == 0 or not math.isfinite(h):
-        return [0.0]
-    earlier = range(i - 1, max(i - count, -1), -1)
-    return [0.0, *(float((log_snr[k] - log_snr[i]) / h) for k in earlier if math.isfinite(log_snr[k]))]
+        return found
+    for k in points:
+        s = float((log_snr[k] - log_snr[start]) / h)
+        if math.isfinite(s) and s not in found.values():
+            found[k] = s
+    return found
 
 
 def row(grid: Grid, i: int, interval: Interval, weights: dict[int, float], *, form: str, at: int | None = None) -> Row:
@@ -141,7 +146,14 @@ def row(grid: Grid, i: int, interval: Interval, weights: dict[int, float], *, fo
     history = {k: weight for k, weight in weights.items() if k != (i if at is None else at) and weight}
     # eps consistent with x0, so that clipping and thresholding of x0 are felt in the noise form too
     ux, u0, um = (0.0, 1.0, 0.0) if form == "data" else grid.epsilon(i, clipped=True)
-    columns = {"cx": interval.decay + own * ux, "c0": own * u0, "cm": own * um, "ux": ux, "u0": u0, "um": um}
+    columns: dict[str, Any] = {
+        "cx": interval.decay + own * ux,
+        "c0": own * u0,
+        "cm": own * um,
+        "ux": ux,
+        "u0": u0,
+        "um": um,
+    }
     return grid.row(i, **columns, history=history, cz=interval.std, draws=interval.std > 0)
 
 
@@ -174,31 +186,31 @@ def adams(
         raise ValueError(f"third_order is {third_order!r}, accepted are {', '.join(THIRD_ORDERS)}")
     taus = np.broadcast_to(np.asarray(tau, dtype=np.float64), len(grid))
     rows: list[Row] = []
-    last: Interval | None = None
+    interval: Interval | None = None
     predicted: dict[int, float] = {}
-    positions: list[float] = []
     for i in range(len(grid)):
         correction: dict[int, float] = {}
         count = corrector[i - 1] if corrector is not None and i > 0 else 0
-        # A step from alpha = 0 was infinitely long: there is no polynomial to correct it with.
-        if last is not None and count and math.isfinite(grid.log_snr[i - 1]):
-            positions = [1.0] if count == 1 else [0.0, 1.0, *nodes_before(grid, i - 1, count - 1)[1:]]
-            sources = [i] if count == 1 else [i - 1, i, *range(i - 2, i - len(positions), -1)]
-            correction = dict(zip(sources, last.weights(positions, slope=slope), strict=True))
+        nodes = positions(grid, i - 1, i, range(i, max(i - count, -1), -1)) if count else {}
+        # Without a node at the new value the step was infinitely long or had no length: nothing can correct it.
+        if interval is not None and i in nodes:
+            if count == 1:
+                nodes = {i: 1.0}
+            correction = dict(zip(nodes, interval.weights(list(nodes.values()), slope=slope), strict=True))
             for k, weight in predicted.items():
                 correction[k] = correction.get(k, 0.0) - weight
-        last = Interval.between(grid, i, i + 1, form=form, tau=float(taus[i]))
-        positions = nodes_before(grid, i, predictor[i])
-        values = last.weights(positions, slope=slope)
-        if len(positions) == 3 and third_order != "exact":
-            half = last.scale * phi(3, last.exponent)
-            excess = half + float(grid.alpha[i + 1]) * (third_order == "diffusers" and last.std > 0)
-            values = [w - excess * d for w, d in zip(values, divided_difference(positions), strict=True)]
-        predicted = {i - k: weight for k, weight in enumerate(values)}
-        total = {k: last.decay * weight for k, weight in correction.items()}
+        interval = Interval.between(grid, i, i + 1, form=form, tau=float(taus[i]))
+        nodes = positions(grid, i, i + 1, range(i - 1, max(i - predictor[i], -1), -1))
+        values = interval.weights(list(nodes.values()), slope=slope)
+        if len(nodes) == 3 and third_order != "exact":
+            half = interval.scale * phi(3, interval.exponent)
+            excess = half + float(grid.alpha[i + 1]) * (third_order == "diffusers" and interval.std > 0)
+            values = [w - excess * d for w, d in zip(values, divided_difference(list(nodes.values())), strict=True)]
+        predicted = dict(zip(nodes, values, strict=True))
+        total = {k: interval.decay * weight for k, weight in correction.items()}
         for k, weight in predicted.items():
             total[k] = total.get(k, 0.0) + weight
-        rows.append(row(grid, i, last, total, form=form))
+        rows.append(row(grid, i, interval, total, form=form))
     return rows
 
 

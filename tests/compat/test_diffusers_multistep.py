@@ -271,6 +271,32 @@ def test_a_sample_changed_between_steps_is_met_as_in_the_original(name):
 
 
 @EACH
+def test_a_walk_that_starts_late_without_a_begin_index(name):
+    original, fast = pair(name, {"solver_order": 3})
+    ends = []
+    for scheduler in (fast, original):
+        scheduler.set_timesteps(20)
+        x = 0.3 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+        for t in scheduler.timesteps[7:]:
+            x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+        ends.append(x)
+    bound = 1e-5 + (3e-5 if name == DEIS else 0)  # of the original, as above
+    assert relative(*ends) < bound
+
+
+@EACH
+def test_as_many_steps_as_timesteps(name):
+    """Rounding repeats some of them; the original divides by the length of the step between."""
+    _, fast = pair(name, {"num_train_timesteps": 25, "beta_end": 0.5} if name != EDM else {"num_train_timesteps": 25})
+    fast.set_timesteps(25)
+    fast.set_begin_index(0)
+    x = torch.randn(SHAPE)
+    for t in fast.timesteps:
+        x = fast.step(model(x, t), t, x).prev_sample
+    assert x.isfinite().all()
+
+
+@EACH
 def test_one_timestep_for_the_batch(name):
     _, fast = pair(name, {})
     fast.set_timesteps(5)
