@@ -161,14 +161,14 @@ class GaussianProblem:
 
         def level_at(t: float) -> tuple[float, float]:
             if prediction_type == "edm":
-                alpha, sigma = schedule.nearest(1.0, math.exp(4 * t))
+                point = schedule.nearest(1.0, math.exp(4 * t))
             elif schedule.kind == "flow":
-                alpha, sigma = 1 - t / len(index), t / len(index)
+                point = schedule.from_noise_level(t / len(index))
             elif t == round(t):
-                alpha, sigma = schedule.alpha[int(t)], schedule.sigma[int(t)]
+                point = schedule.at([int(t)])
             else:
-                alpha, sigma = schedule.from_noise_level(np.exp(np.interp(t, index, log_level)))
-            return float(alpha), float(sigma)
+                point = schedule.from_noise_level(np.exp(np.interp(t, index, log_level)))
+            return point[0].item(), point[1].item()
 
         return cls(level_at, prediction_type, sigma_data=schedule.sigma_data, **moments)
 
@@ -328,7 +328,8 @@ class SolverCase:
     def convergence_error(self, steps: int) -> float:
         """The error on Gaussian data after `steps` steps from the noisiest to the least noisy timestep."""
         schedule = self.order_schedule
-        arguments = {"prediction_type": "sample", "sigma_spacing": "exponential", "final_sigmas_type": "sigma_min"}
+        arguments: dict[str, Any] = {"prediction_type": "sample", "sigma_spacing": "exponential"}
+        arguments["final_sigmas_type"] = "sigma_min"
         arguments |= {**self.order_arguments, **self.options}
         table = build(self.solver, schedule, steps, **arguments)
         problem = GaussianProblem.on(schedule, str(arguments["prediction_type"]))

@@ -28,10 +28,12 @@ NO_CLIP = {"clip_sample": False}
 TO_ONE = {"clip_sample": False, "set_alpha_to_one": True}
 
 
-def walks(*settings: tuple[str, str, str, int], **common: dict) -> tuple[Walk, ...]:
+def walks(*settings: tuple[str, str, str, int], **common: Any) -> tuple[Walk, ...]:
     """Walks by (schedule, prediction type, spacing, steps)."""
-    names = ("schedule", "prediction_type", "spacing", "steps")
-    return tuple(Walk(**dict(zip(names, setting)), **common) for setting in settings)
+    return tuple(
+        Walk(schedule=schedule, prediction_type=prediction_type, spacing=spacing, steps=steps, **common)
+        for schedule, prediction_type, spacing, steps in settings
+    )
 
 
 # diffusers takes t - N // n for the next timestep: the same as ours for leading spacing, for trailing if n divides N
@@ -50,14 +52,24 @@ DDPM_WALKS = (
 )
 
 # diffusers tells a v-prediction model one timestep and reads its output at another; the engine reads it at the same one
-INVERSE_WALKS = (("linear", "epsilon", "leading", 7), ("cosine", "epsilon", "trailing", 20))
-INVERSE_WALKS += (("scaled_linear", "epsilon", "leading", 50),)
+INVERSE_WALKS = (
+    ("linear", "epsilon", "leading", 7),
+    ("cosine", "epsilon", "trailing", 20),
+    ("scaled_linear", "epsilon", "leading", 50),
+)
 # steps of an even number of timesteps, so that both mean the same one halfway
-PNDM_WALKS = (("linear", "epsilon", "leading", 10), ("scaled_linear", "epsilon", "leading", 50))
-PNDM_WALKS += (("cosine", "epsilon", "leading", 4),)
+PNDM_WALKS = (
+    ("linear", "epsilon", "leading", 10),
+    ("scaled_linear", "epsilon", "leading", 50),
+    ("cosine", "epsilon", "leading", 4),
+)
 NOTE_PNDM = "compared for epsilon prediction; for v prediction diffusers combines outputs, not eps, and is of order 1"
-LCM_WALKS = (("scaled_linear", "epsilon", "trailing", 4), ("linear", "sample", "trailing", 1))
-LCM_WALKS += (("scaled_linear", "v_prediction", "trailing", 8), ("zero_terminal", "v_prediction", "trailing", 4))
+LCM_WALKS = (
+    ("scaled_linear", "epsilon", "trailing", 4),
+    ("linear", "sample", "trailing", 1),
+    ("scaled_linear", "v_prediction", "trailing", 8),
+    ("zero_terminal", "v_prediction", "trailing", 4),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.solver_table", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"solver-table_cpu_{day}"
-    report = {"command": command, "date": day, "environment": environment(), "cases": measured}
+    report: dict[str, Any] = {"command": command, "date": day, "environment": environment(), "cases": measured}
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     notes = "\n".join(f"- `{case['name']}`: {case['note']}." for case in measured if case["note"])
     page = f"# Solvers\n\n`{command}`, {day}, torch {report['environment']['torch']}, diffusers "

@@ -32,7 +32,7 @@ def ddim_inverse(grid: Grid) -> list[Row]:
     rows = []
     for i in reversed(range(len(grid))):
         alpha, sigma = float(grid.alpha[i]), float(grid.sigma[i])
-        state = (float(grid.alpha[i + 1]), float(grid.sigma[i + 1]))
-        ux, u0, um = grid.epsilon(i, state=state)
-        rows.append(grid.row(i, state=state, cx=sigma * ux, c0=alpha + sigma * u0, cm=sigma * um))
+        state = grid.told(i, float(grid.alpha[i + 1]), float(grid.sigma[i + 1]))
+        ux, u0, um = state.epsilon(0)
+        rows.append(state.row(0, cx=sigma * ux, c0=alpha + sigma * u0, cm=sigma * um))
     return rows

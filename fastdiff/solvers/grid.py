@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -212,6 +212,30 @@ class Grid:
             timesteps=index,
         )
 
+    def told(self, i: int, alpha: float, sigma: float) -> Grid:
+        """The grid of one state (alpha, sigma) for which the model is told that it is at point i.
+
+        Raises:
+            ValueError: state and output together do not determine x0 and eps.
+        """
+        one = slice(i, i + 1)
+        state = np.array([alpha]), np.array([sigma])
+        target_x0, target_eps = self.target[one].T
+        x0_from, eps_from = _solve(target_x0, target_eps, *state, self.prediction_type, self.t[one])
+        return replace(
+            self,
+            alpha=np.append(state[0], self.alpha[-1]),
+            sigma=np.append(state[1], self.sigma[-1]),
+            t=self.t[one],
+            c_in=self.c_in[one],
+            target=self.target[one],
+            x0_from=x0_from,
+            eps_from=eps_from,
+            gradient_scale=self.gradient_scale[one],
+            guidance_scale=self.guidance_scale[one],
+            timesteps=None if self.timesteps is None else self.timesteps[one],
+        )
+
     @staticmethod
     def _known(value: T | None) -> T:
         if value is None:
@@ -227,14 +251,10 @@ class Grid:
         with np.errstate(divide="ignore"):
             return np.log(self.alpha) - np.log(self.sigma)
 
-    def row(self, i: int, *, state: tuple[float, float] | None = None, **columns: Any) -> Row:
-        """A row that evaluates the model at point i, with the solver's own columns.
-
-        Args:
-            state: (alpha, sigma) of the state where it is not yet at point i, whose conditioning the model is told.
-        """
-        px, pm = self._from(i, state)[0]
-        point = {
+    def row(self, i: int, **columns: Any) -> Row:
+        """A row that evaluates the model at point i, with the solver's own columns."""
+        px, pm = self.x0_from[i].tolist()
+        point: dict[str, Any] = {
             "t": float(self.t[i]),
             "c_in": float(self.c_in[i]),
             "px": px,
@@ -242,28 +262,15 @@ class Grid:
             "lim": self.lim,
             "g": float(self.guidance_scale[i]),
             "mg": float(self.gradient_scale[i]),
-            "at": state or (float(self.alpha[i]), float(self.sigma[i])),
+            "at": (float(self.alpha[i]), float(self.sigma[i])),
         }
         return Row(**(point | columns))
 
-    def _from(self, i: int, state: tuple[float, float] | None) -> list[list[float]]:
-        """x0 and eps at point i as coefficients of (state, model output)."""
-        if state is None:
-            return [self.x0_from[i].tolist(), self.eps_from[i].tolist()]
-        where = (np.array([value]) for value in (*self.target[i], *state))
-        return [table[0].tolist() for table in _solve(*where, self.prediction_type, self.t[i : i + 1])]
-
-    def epsilon(
-        self, i: int, *, clipped: bool = False, state: tuple[float, float] | None = None
-    ) -> tuple[float, float, float]:
-        """eps at point i as coefficients of (state, x0, model output); clipped: consistent with the clipped x0.
-
-        state: as in `row`.
-        """
+    def epsilon(self, i: int, *, clipped: bool = False) -> tuple[float, float, float]:
+        """eps at point i as coefficients of (state, x0, model output); clipped: consistent with the clipped x0."""
         if clipped:
-            alpha, sigma = state or (float(self.alpha[i]), float(self.sigma[i]))
-            return 1 / sigma, -alpha / sigma, 0.0
-        from_x, from_m = self._from(i, state)[1]
+            return 1 / float(self.sigma[i]), -float(self.alpha[i] / self.sigma[i]), 0.0
+        from_x, from_m = self.eps_from[i].tolist()
         return from_x, 0.0, from_m
 
     def posterior(self, i: int) -> tuple[float, float, float, float]:

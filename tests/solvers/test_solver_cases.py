@@ -7,6 +7,9 @@ pytest.importorskip("diffusers")
 from benchmarks.solver_table import CASES
 from fastdiff.solvers import names
 
+# what diffusers' own source says of NumPy 2 and of its older options
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:diffusers", "ignore:.*:FutureWarning:diffusers")
+
 
 def test_every_solver_has_a_case_and_every_case_its_own_name():
     case_names = [case.name for case in CASES]
