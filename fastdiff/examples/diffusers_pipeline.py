@@ -1,5 +1,7 @@
 """A diffusers pipeline made fast in one line, with the same image for the same seed; random weights stand for yours."""
 
+from typing import Any
+
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -14,7 +16,7 @@ unet = UNet2DModel(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=4,
 )
-pipe = DDIMPipeline(unet, DDIMScheduler())  # or DDIMPipeline.from_pretrained(...)
+pipe: Any = DDIMPipeline(unet, DDIMScheduler())  # or DDIMPipeline.from_pretrained(...)
 pipe.set_progress_bar_config(disable=True)
 
 

@@ -43,11 +43,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
         length = size + (i < longer)
         if length < count:
             raise ValueError(f"section_counts is {section_counts}: section {i} has only {length} timesteps")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        step = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0  # summed, so that halves round as in the original
         for _ in range(count):
             timesteps.add(start + round(position))
-            position += stride
+            position += step
         start += length
     return timesteps
 

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -20,8 +19,9 @@ from tqdm.auto import tqdm
 
 from fastdiff.compat.guided_diffusion.forward_process import ForwardProcess, arithmetic_dtype
 from fastdiff.compat.guided_diffusion.model_types import ModelMeanType, ModelVarType
-from fastdiff.compat.guided_diffusion.rows import ddim_reverse_rows, ddim_rows, p_sample_rows
+from fastdiff.compat.guided_diffusion.rows import ddim_reverse_rows, ddim_rows, fixed_variance, p_sample_rows
 from fastdiff.kernels.solver_step import solver_step
+from fastdiff.prediction import FloatArray
 
 Function = Callable[..., Tensor]
 ModelKwargs = dict[str, Any] | None
@@ -42,11 +42,7 @@ class ReverseProcess(ForwardProcess):
         self.model_var_type = ModelVarType(model_var_type)
         self.rescale_timesteps = rescale_timesteps
         self._learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-        variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
-        if self.model_var_type == ModelVarType.FIXED_LARGE:
-            # The last step adds no noise but is scored by its likelihood, to which beta_0 would be a poor scale.
-            variance = np.append(np.exp(log_variance[:1]), self.betas[1:])
-            log_variance = np.log(variance)
+        variance, log_variance = fixed_variance(self.schedule, self.model_var_type.name)
         self._tables |= {"variance": variance, "log_variance": log_variance}
 
     def p_mean_variance(
@@ -145,19 +141,19 @@ class ReverseProcess(ForwardProcess):
         return all(getattr(type(self), name) is getattr(ReverseProcess, name) for name in methods)
 
     def _step(
-        self, kind: str, settings: tuple[Any, ...], x: Tensor, model_output: Tensor, t: Tensor, **arguments: Any
+        self,
+        make_rows: Callable[..., FloatArray],
+        settings: tuple[Any, ...],
+        x: Tensor,
+        model_output: Tensor,
+        t: Tensor,
+        **arguments: Any,
     ) -> dict[str, Tensor]:
-        """Row t of this kind of step; its table is made and copied to the device once."""
+        """Row t of make_rows(schedule, *settings), a table that is made and copied to the device once."""
         dtype = arithmetic_dtype(x)
-        key = (kind, *settings, x.device, dtype)
+        key = (make_rows, *settings, x.device, dtype)
         if key not in self._on_device:
-            if kind == "p_sample":
-                # A learned variance is in no table: there the caller has multiplied the gradient by it.
-                variance = np.ones(self.num_timesteps) if self._learned else self._tables["variance"]
-                rows = p_sample_rows(self.schedule, *settings, self.model_var_type.name, variance)
-            else:
-                rows = {"ddim": ddim_rows, "ddim_reverse": ddim_reverse_rows}[kind](self.schedule, *settings)
-            self._on_device[key] = torch.tensor(rows, dtype=dtype, device=x.device)
+            self._on_device[key] = torch.tensor(make_rows(self.schedule, *settings), dtype=dtype, device=x.device)
         table = self._on_device[key]
         sample, pred_xstart = solver_step(x, model_output, table, t, return_x0=True, out_dtype=dtype, **arguments)
         return {"sample": sample, "pred_xstart": pred_xstart}
@@ -191,8 +187,8 @@ class ReverseProcess(ForwardProcess):
         if cond_fn is not None:
             gradient = self._gradient(cond_fn, x, t, model_kwargs)
             history = (gradient * self._log_variance(model_output, x, t).exp() if self._learned else gradient,)
-        settings = (self.model_mean_type.name, clip_denoised)
-        return self._step("p_sample", settings, x, model_output, t, noise=noise, history=history)
+        settings = (self.model_mean_type.name, clip_denoised, self.model_var_type.name)
+        return self._step(p_sample_rows, settings, x, model_output, t, noise=noise, history=history)
 
     def ddim_sample(
         self,
@@ -220,7 +216,7 @@ class ReverseProcess(ForwardProcess):
                 out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
             model_output, settings = out["pred_xstart"], (ModelMeanType.START_X.name, False, eta)
         noise = torch.randn_like(x)
-        return self._step("ddim", settings, x, model_output, t, noise=noise if eta else None)
+        return self._step(ddim_rows, settings, x, model_output, t, noise=noise if eta else None)
 
     def ddim_reverse_sample(
         self,
@@ -243,7 +239,7 @@ class ReverseProcess(ForwardProcess):
                 model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
             )
             model_output, settings = out["pred_xstart"], (ModelMeanType.START_X.name, False)
-        return self._step("ddim_reverse", settings, x, model_output, t)
+        return self._step(ddim_reverse_rows, settings, x, model_output, t)
 
     def p_sample_loop(self, model: Function, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
         """The last sample of `p_sample_loop_progressive`, which has the arguments."""

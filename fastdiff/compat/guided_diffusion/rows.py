@@ -39,12 +39,21 @@ def _pack(rows: list[Row], schedule: NoiseSchedule, mean_type: str) -> FloatArra
     return pack_rows(rows)[0]
 
 
-def p_sample_rows(
-    schedule: NoiseSchedule, mean_type: str, clip: bool, var_type: str, gradient_scale: FloatArray
-) -> FloatArray:
+def fixed_variance(schedule: NoiseSchedule, var_type: str) -> tuple[FloatArray, FloatArray]:
+    """The variance of a step and its logarithm, which is clipped where the variance is 0, both [N]."""
+    variance, log_variance = schedule.posterior_variance, schedule.posterior_log_variance_clipped
+    if var_type != "FIXED_LARGE":
+        return variance, log_variance
+    # The last step adds no noise but is scored by its likelihood, to which beta_0 would be a poor scale.
+    large = np.append(np.exp(log_variance[:1]), schedule.betas[1:])
+    return large, np.log(large)
+
+
+def p_sample_rows(schedule: NoiseSchedule, mean_type: str, clip: bool, var_type: str) -> FloatArray:
     """Ho et al. 2020, algorithm 2, float64 [N, HISTORY_OFFSET + 1].
 
-    The history column, gradient_scale [N], multiplies what a classifier adds to the mean.
+    The history column multiplies what a classifier adds to the mean: its gradient, by the variance. A learned variance
+    is in no table; there it is 1, and the caller has multiplied the gradient.
     """
     variance = "fixed_small" if var_type == "LEARNED" else var_type.lower()
     rows = ddpm(_grid(schedule, mean_type, clip), variance=variance)[::-1]
@@ -52,7 +61,8 @@ def p_sample_rows(
         rows = [replace(row, cz=1.0, lv=0.5) if row.draws else row for row in rows]
     if mean_type == "PREVIOUS_X":
         rows = [replace(row, cx=0.0, c0=0.0, cm=1.0) for row in rows]
-    return np.column_stack([_pack(rows, schedule, mean_type), gradient_scale])
+    scale = np.ones(len(rows)) if var_type.startswith("LEARNED") else fixed_variance(schedule, var_type)[0]
+    return np.column_stack([_pack(rows, schedule, mean_type), scale])
 
 
 def ddim_rows(schedule: NoiseSchedule, mean_type: str, clip: bool, eta: float) -> FloatArray:

@@ -79,8 +79,8 @@ class BrownianTreeNoiseSampler:
         transform: Callable[[Tensor], Tensor] = lambda sigma: sigma,
     ) -> None:
         self.transform = transform
-        ends = (transform(torch.as_tensor(sigma)) for sigma in (sigma_min, sigma_max))
-        self.tree = BatchedBrownianTree(x, *ends, seed)
+        t0, t1 = (transform(torch.as_tensor(sigma)) for sigma in (sigma_min, sigma_max))
+        self.tree = BatchedBrownianTree(x, t0, t1, seed)
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         t0, t1 = (self.transform(torch.as_tensor(value)) for value in (sigma, sigma_next))

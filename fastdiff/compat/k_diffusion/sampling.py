@@ -102,8 +102,8 @@ def _levels(sigmas: Tensor) -> FloatArray:
 def _sde_noise(x: Tensor, levels: FloatArray, noise_sampler: NoiseSampler | None, dtype: torch.dtype) -> NoiseSampler:
     if noise_sampler is not None:
         return noise_sampler
-    ends = (torch.tensor(level, dtype=dtype) for level in (levels[levels > 0].min(), levels.max()))
-    return BrownianTreeNoiseSampler(x, *ends)
+    low, high = (torch.tensor(level, dtype=dtype) for level in (levels[levels > 0].min(), levels.max()))
+    return BrownianTreeNoiseSampler(x, low, high)
 
 
 def sample_euler(

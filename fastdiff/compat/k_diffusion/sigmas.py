@@ -83,4 +83,4 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     """x with axes of size 1 at its end, up to target_dims axes."""
     if x.ndim > target_dims:
         raise ValueError(f"x has {x.ndim} axes, more than target_dims={target_dims}")
-    return x[(..., *(None,) * (target_dims - x.ndim))]
+    return x.reshape(*x.shape, *(1,) * (target_dims - x.ndim))

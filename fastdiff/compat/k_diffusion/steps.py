@@ -51,7 +51,8 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float) -> Interval:
 
 def _move(sigma: float, target: float, *, std: float = 0.0) -> Row:
     """Euler's step, to the point of the line through x and denoised where the noise is `target`."""
-    return Row(t=sigma, pm=1.0, cz=std, **euler_step((1.0, sigma), (1.0, target)))
+    columns = euler_step((1.0, sigma), (1.0, target))
+    return Row(t=sigma, pm=1.0, cx=columns["cx"], c0=columns["c0"], cz=std)
 
 
 def _two_stages(
