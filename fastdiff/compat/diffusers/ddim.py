@@ -61,7 +61,7 @@ class StrideScheduler(FusedScheduler):
         """The table for these options of `step`, and the row of a timestep in it."""
         if not self._is_vector(timestep, sample):
             known = self._known(timestep)
-            if known in self._place:
+            if known is not None and known in self._place:
                 table = self._table(options, lambda: RowTable(self._rows(self._listed, *options), self._listed))
                 return table, table.index[known]
         table = self._table((*options, "all"), lambda: self._all_rows(*options))

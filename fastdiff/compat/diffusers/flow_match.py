@@ -22,12 +22,20 @@ class FastFlowMatchEulerDiscreteScheduler(FusedScheduler, FlowMatchEulerDiscrete
     effect in the original either.
     """
 
-    row_sources = ("timesteps", "sigmas")
-    sigmas: Tensor
+    row_sources = ("timesteps", "_levels")
+
+    # The original's sigmas lie on the device: a property, so that set_timesteps leaves a copy on the host.
+    @property
+    def sigmas(self) -> Tensor:
+        return self._sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: Tensor) -> None:
+        self._sigmas = value
+        self._levels = value.double().cpu().numpy()
 
     def _rows(self) -> RowTable:
-        sigma = self.sigmas.double().cpu().numpy()
-        rows = []
+        sigma, rows = self._levels, []
         for here, there in itertools.pairwise(sigma):
             if self.config.stochastic_sampling:
                 # x0 = x - sigma * m, noised anew

@@ -27,6 +27,7 @@ from fastdiff.noise import normal
 from fastdiff.table import Row
 
 MAX_TABLES = 16
+MAX_WALKS = 16
 Timestep = int | float | Tensor
 
 
@@ -48,6 +49,19 @@ def _checking(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+def _contents(source: Tensor | np.ndarray) -> Hashable:
+    """What tells a tensor's values from others'."""
+    array = source.cpu().numpy() if isinstance(source, Tensor) else source
+    return array.dtype.str, array.tobytes()
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Finder:
     """Finds timesteps among those listed, on the device they are on."""
 
@@ -59,7 +73,7 @@ class Finder:
         """int64 [B] the place of each of the timesteps [B], -1 for one that is not listed."""
         listed = self._on.get(device)
         if listed is None:
-            listed = self._on[device] = torch.tensor(self._timesteps, dtype=torch.float64, device=device)
+            listed = self._on[device] = _upload(torch.tensor(self._timesteps, dtype=torch.float64), device)
         hits = timesteps.to(device)[:, None] == listed
         return hits.byte().argmax(1).masked_fill(~hits.any(1), -1)
 
@@ -92,7 +106,7 @@ class RowTable:
         """The packed rows for states of a dtype, and int64 [1] tensors with the number of each row."""
         packed = self._on.get((device, dtype))
         if packed is None:
-            floats = self._floats.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+            floats = _upload(self._floats.to(torch.float64 if dtype == torch.float64 else torch.float32), device)
             packed = self._on[device, dtype] = floats, torch.arange(len(floats), device=device).split(1)
         return packed
 
@@ -100,7 +114,8 @@ class RowTable:
         """float32 [R + 1] c_in of the rows and, for row -1, NaN."""
         scales = self._c_in_on.get(device)
         if scales is None:
-            scales = self._c_in_on[device] = torch.tensor([*self.c_in, math.nan], dtype=torch.float32, device=device)
+            scales = torch.tensor([*self.c_in, math.nan], dtype=torch.float32)
+            scales = self._c_in_on[device] = _upload(scales, device)
         return scales
 
 
@@ -108,7 +123,7 @@ class FusedScheduler:
     """Comes before diffusers' scheduler among the bases of a façade.
 
     Class attributes:
-        row_sources: names of the tensors that rows are made of; another tensor under one of the names remakes the rows.
+        row_sources: names of the tensors that rows are made of: another tensor under one of them means other rows.
         per_sample: `step` also takes a timestep [B], one for each sample.
         prediction_types: those this façade can honour; (): its configuration has no such option.
     """
@@ -125,6 +140,11 @@ class FusedScheduler:
     _init_step_index: Callable[[Any], None]
 
     _noise_contract: tuple[int | Tensor, Tensor | None] | None = None
+    # the tables in use and what they are made of; those of earlier walks, by the contents of the same
+    _tables: dict[Hashable, RowTable]
+    _tables_of: Sequence[tuple[str, Any]] = (("timesteps", None),)
+    _kept: dict[Hashable, dict[Hashable, RowTable]]
+    _kept_for: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -146,8 +166,6 @@ class FusedScheduler:
         self._listed: list[Any] = value.tolist()
         self._find = Finder(self._listed)
         self._place = {t: i for i, t in enumerate(self._listed)}
-        self._tables: dict[Hashable, RowTable] = {}
-        self._tables_of: list[tuple[str, Any]] = []
 
     def use_noise_contract(self, seed: int | Tensor | None, sample_indices: Tensor | None = None) -> None:
         """Draw the noise of steps from `fastdiff.noise` instead of a generator: the same on every device, in any batch.
@@ -176,10 +194,8 @@ class FusedScheduler:
         """The table of some options of `step`, built when it is first needed or what it is made of has changed."""
         for name, source in self._tables_of:
             if getattr(self, name) is not source:
-                self._tables = {}
+                self._choose_tables()
                 break
-        if not self._tables:
-            self._tables_of = [(name, getattr(self, name)) for name in self.row_sources]
         tables = self._tables
         table = tables.get(key)
         if table is None:
@@ -187,6 +203,17 @@ class FusedScheduler:
                 tables.clear()
             table = tables[key] = build()
         return table
+
+    def _choose_tables(self) -> None:
+        """The tables of the walk that is set now, kept from an earlier one like it if there was one."""
+        if self._kept_for is not self.config:
+            self._kept, self._kept_for = {}, self.config
+        self._tables_of = [(name, getattr(self, name)) for name in self.row_sources]
+        others = [_contents(source) for name, source in self._tables_of if name != "timesteps"]
+        contents = getattr(self, "num_inference_steps", None), tuple(self._listed), *others
+        if contents not in self._kept and len(self._kept) >= MAX_WALKS:
+            self._kept.clear()
+        self._tables = self._kept.setdefault(contents, {})
 
     def _known(self, timestep: Timestep) -> float | None:
         """A scalar timestep as a Python number, None where only the device knows it."""

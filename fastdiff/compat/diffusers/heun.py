@@ -28,7 +28,7 @@ class FastHeunDiscreteScheduler(SigmaWalk, HeunDiscreteScheduler):
     state_in_first_order: bool
     prev_derivative: Tensor | None
     sample: Tensor | None
-    dt: Tensor | None
+    dt: float | None
 
     prediction_types = ("epsilon", "sample", "v_prediction")
 
@@ -76,11 +76,14 @@ class FastHeunDiscreteScheduler(SigmaWalk, HeunDiscreteScheduler):
         place = self._locate(timestep)
         out_dtype = result_dtype(sample, model_output)
         if self.state_in_first_order:
+            table = self._walk_table()
             prev_sample, pred_original_sample, derivative = self._run(
-                self._walk_table(), place, model_output, sample, remember=True, return_x0=True, out_dtype=out_dtype
+                table, place, model_output, sample, remember=True, return_x0=True, out_dtype=out_dtype
             )
             self.prev_derivative, self.sample = derivative, sample
-            self.dt = self.sigmas[place + 1] - self.sigmas[place]
+            row = table.rows[place]
+            # sigma' - sigma, of cx = sigma' / sigma and ux = 1 / sigma
+            self.dt = (row.cx - 1) / row.ux
         else:
             table = self._table("second", lambda: RowTable(self._second_stages()))
             assert self.prev_derivative is not None
