@@ -1,4 +1,5 @@
-"""Exponential integrators: against diffusers over whole walks, their orders, and the ends where limits are needed."""
+"""Exponential integrators: their building blocks, and the ends where limits are needed (walks and orders are in
+`test_solver_cases`)."""
 
 import math
 from dataclasses import replace
@@ -18,19 +19,6 @@ DATA_FORM = ["dpmpp", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "dpmp
 DATA_FORM += ["dpmpp_single", "dpmpp_single_sde", "unipc", "sa"]
 NOISE_FORM = ["dpm", "dpm_sde", "dpm_single", "deis"]
 SOLVERS = {**FUNCTIONS, **{name: getattr(dpm, name) for name in DATA_FORM[1:] if hasattr(dpm, name)}}
-NAMED_CASES = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-
-
-@NAMED_CASES
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_walks_equal_diffusers(case):
-    pytest.importorskip("diffusers")
-    assert case.worst_error() <= case.bound
-
-
-@NAMED_CASES
-def test_order_of_convergence(case):
-    assert case.measured_order() == pytest.approx(case.order, abs=case.order_tolerance)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp", "dpm"])

@@ -54,9 +54,10 @@ class _Multistep(ExponentialScheduler):
         self._next(timestep, sample)
         noise = None
         if self.config.algorithm_type.startswith("sde-"):
-            noise = variance_noise
-            if noise is None:
+            if variance_noise is None:
                 noise = self._noise(sample, generator, timestep, noise_dtype)
+            else:
+                noise = variance_noise.to(sample.device)
         (prev_sample,) = self._walk(
             model_output,
             timestep,
