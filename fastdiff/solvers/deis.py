@@ -9,10 +9,10 @@ from fastdiff.table import Row
 
 @register("deis", extra_point=True)
 def deis(grid: Grid, *, order: int = 3, lower_order_final: bool | None = None) -> list[Row]:
-    """log-rho DEIS (Zhang and Chen 2023, section 4), polynomials in ln(sigma / alpha) integrated exactly.
+    """Zhang and Chen 2023, with polynomials in the logarithm of rho = sigma / alpha, integrated exactly.
 
     Args:
-        order: 1 to 4, values that a row extrapolates from; the paper's tAB with k values is order k + 1.
+        order: 1 to 4, values that a row extrapolates from.
         lower_order_final: the last rows fall in order; None: in walks of fewer than 15 rows.
     """
     check_order(order, 4)

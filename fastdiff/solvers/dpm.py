@@ -9,7 +9,7 @@ from fastdiff.table import Row
 
 # what the paper's names mean for the slope of a step of order 2 (`Interval.weights`)
 SOLVER_TYPES = {"midpoint": "half_constant", "heun": "exact"}
-# With fewer steps than this the last ones fall in order (Lu et al. 2022b, appendix).
+# With fewer steps than this the last ones fall in order, as in the authors' code.
 FEW_STEPS = 15
 
 
@@ -86,7 +86,7 @@ def _sde(form: str) -> SolverFunction:
         euler_at_final: bool = False,
         third_order: str = "exact",
     ) -> list[Row]:
-        """The same on the reverse SDE (Lu et al. 2022b, appendix B.3; k-diffusion's 2M and 3M SDE).
+        """SDE-DPM-Solver++ (Lu et al. 2022b) or SDE-DPM-Solver; k-diffusion's 2M and 3M SDE. Options as of `dpmpp`, and:
 
         Args:
             eta: at least 0, tau² of `exponential`: 1 is the reverse SDE, 0 the ODE.

@@ -1,8 +1,8 @@
 """Exponential integrators in lambda = ln(alpha / sigma), the log of the signal-to-noise ratio, on any grid.
 
 Written for the data prediction v = x0, the exact solution of the diffusion equation over an interval of length h in
-lambda, with s in [0, 1] the fraction of it that is done, is (Lu et al. 2022b, proposition 4.1; Xue et al. 2023,
-proposition 4.2 for tau > 0)
+lambda, with s in [0, 1] the fraction of it that is done, is (Lu et al. 2022b, proposition 4.1; Xue et al. 2023
+for tau > 0)
 
     x_next = (sigma_next / sigma) * exp(-tau² h) * x
              + (1 + tau²) * alpha_next * h * ∫ exp(-(1 + tau²) h (1 - s)) v(s) ds

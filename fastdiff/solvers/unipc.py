@@ -22,7 +22,7 @@ def unipc(
     lower_order_final: bool = True,
     disable_corrector: Collection[int] = (),
 ) -> list[Row]:
-    """Zhao et al. 2023, algorithms 5 to 8 (UniPC of order p: predictor p, corrector p + 1, one evaluation a row).
+    """Zhao et al. 2023, section 3: predictor of order p, corrector of order p + 1, one evaluation a row.
 
     Args:
         order: 1 to 4, values that the predictor extrapolates from.
