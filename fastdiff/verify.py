@@ -8,6 +8,7 @@ ten times what goes unnoticed must be reported.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from fastdiff.kernels import dispatch
 from fastdiff.verify_cases import DTYPES, LAYOUTS, Case, cases
 from fastdiff.verify_formulas import SUBNORMAL, Array, Rounded
 from fastdiff.verify_sampler import packaged_model_is_finite, walk_errors
+from fastdiff.verify_solver_step import solver_step_cases
 
 # Half a unit in the last place of a number of size 1, and half the distance of subnormal numbers.
 STORAGE = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}
@@ -113,7 +115,7 @@ def verify(*, only: str | None = None, paths: Sequence[Path] | None = None) -> R
     Raises ValueError where `only` is in no name.
     """
     report = Report()
-    chosen = [case for case in cases() if only is None or only in case.name]
+    chosen = [case for case in itertools.chain(cases(), solver_step_cases()) if only is None or only in case.name]
     whole = "sampler packaged model"
     if not chosen and (only or "") not in whole:
         raise ValueError(f"only must be part of a check's name such as 'p_sample float16 strided clip', got {only!r}")

@@ -147,6 +147,19 @@ def launch_mse(
     _mse_op(model_output, x_start, per_sample, table, target, weight, None, *[per_sample] * 3, one)
 
 
+def launch_solver_step(
+    dtype: torch.dtype, memory_format: torch.memory_format = CHANNELS_LAST, *, n_history: int = 0, noise: bool = False
+) -> None:
+    from fastdiff.kernels import solver_step
+    from fastdiff.kernels.device_table import HISTORY_OFFSET
+
+    solver_step.use_triton = lambda tensor: True  # its op branches on the device by itself
+    value = _like(dtype, memory_format)
+    floats, row = torch.empty(50, HISTORY_OFFSET + n_history), torch.empty(1, dtype=torch.int64)
+    given = value if noise else None
+    solver_step._run(value, value, floats, row, [value] * n_history, given, None, n_history > 0, False, dtype)
+
+
 def _p_sample(instructions: float, bytes_per_element: int | None = None, **options) -> Case:
     own = {name: options.pop(name) for name in ("targets", "vectorised", "shared") if name in options}
     return Case(
@@ -203,6 +216,10 @@ CASES = {
     ),
     "q_sample noise given": _other("q_sample", 12, 12, lambda: launch_q_sample(fp32, fp32, noise="given")),
     "q_sample bf16, noise given": _other("q_sample", 15, 6, lambda: launch_q_sample(bf16, bf16, noise="given")),
+    "solver_step": _other("solver_step", 25, 12, lambda: launch_solver_step(fp32), targets=TARGETS),
+    "solver_step fp16, noise, history": _other(
+        "solver_step", 48, 14, lambda: launch_solver_step(fp16, n_history=2, noise=True), targets=TARGETS
+    ),
     "mse": _other("mse", 62, 8, lambda: launch_mse(fp32), shared=True, targets=TARGETS),
     "mse bf16": _other("mse", 64, 4, lambda: launch_mse(bf16), shared=True),
     "mse bf16, v_prediction, uint8": _other(
