@@ -86,7 +86,7 @@ def _sde(form: str) -> SolverFunction:
         euler_at_final: bool = False,
         third_order: str = "exact",
     ) -> list[Row]:
-        """SDE-DPM-Solver++ (Lu et al. 2022b) or SDE-DPM-Solver; k-diffusion's 2M and 3M SDE. Options as of `dpmpp`, and:
+        """SDE-DPM-Solver++ (Lu et al. 2022b) or SDE-DPM-Solver; options as of `dpmpp`, and:
 
         Args:
             eta: at least 0, tau² of `exponential`: 1 is the reverse SDE, 0 the ODE.
