@@ -74,15 +74,23 @@ def float64_module(class_name: str) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def diffusers_scheduler(class_name: str, config: Mapping[str, Any], randn: Callable[..., Tensor]) -> Iterator[Any]:
-    """A diffusers scheduler in float64, whose noise comes from `randn`."""
+def diffusers_scheduler(
+    class_name: str,
+    config: Mapping[str, Any],
+    randn: Callable[..., Tensor],
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[Any]:
+    """A diffusers scheduler in float64, or as it is for float32, whose noise comes from `randn`."""
     module = float64_module(class_name)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # tensors that it makes of Python numbers
+    if dtype != torch.float64:
+        module = importlib.import_module(module.__name__.removesuffix("_float64"))
+    default, own_randn = torch.get_default_dtype(), module.__dict__.get("randn_tensor")
+    torch.set_default_dtype(dtype)  # tensors that it makes of Python numbers
     try:
         module.__dict__["randn_tensor"] = randn
         yield getattr(module, class_name)(**config)
     finally:
+        module.__dict__["randn_tensor"] = own_randn
         torch.set_default_dtype(default)
 
 
@@ -98,17 +106,17 @@ def diffusers_walk(
     step_options: Mapping[str, Any] | None = None,
     prepare: Callable[[Any], None] | None = None,
 ) -> Tensor:
-    """The end of a whole walk of a diffusers scheduler in float64.
+    """The end of a whole walk of a diffusers scheduler, in the dtype of `start`.
 
     Args:
-        start: float64, already scaled by the scheduler's init_noise_sigma.
+        start: float64 (or float32 for the scheduler as it is), already scaled by the scheduler's init_noise_sigma.
         noise: [n, *start.shape] the scheduler's draws in their order; None: `normals` from the second on.
         set_timesteps: arguments of set_timesteps instead of the number of steps.
         step_options: further arguments of `step`.
         prepare: called with the scheduler once its timesteps are set.
     """
-    draws = iter(normals()[1:] if noise is None else noise)
-    with diffusers_scheduler(class_name, config, lambda *args, **kwargs: next(draws)) as theirs:
+    draws = iter((normals()[1:] if noise is None else noise).to(start.dtype))
+    with diffusers_scheduler(class_name, config, lambda *args, **kwargs: next(draws), start.dtype) as theirs:
         theirs.set_timesteps(**({"num_inference_steps": steps} if set_timesteps is None else set_timesteps))
         if hasattr(theirs, "set_begin_index"):
             theirs.set_begin_index(0)
@@ -124,11 +132,11 @@ def diffusers_walk(
 def engine_walk(
     table: StepTable, start: Tensor, *, model: Network = network, noise: Tensor | None = None, **inpainting: Tensor
 ) -> Tensor:
-    """The end of a table's walk in float64 from `start`, with the same draws as `diffusers_walk`.
+    """The end of a table's walk from `start`, in its dtype, with the same draws as `diffusers_walk`.
 
     inpainting: known and mask, for an in-painting table.
     """
-    draws = normals()[1:] if noise is None else noise
+    draws = (normals()[1:] if noise is None else noise).to(start.dtype)
     return run_table(table, model, start, lambda stream, draw: draws[draw], **inpainting)
 
 
@@ -266,11 +274,13 @@ class Walk:
                 config[DIFFUSERS_SIGMA_SPACING.get(self.spacing, f"use_{self.spacing}_sigmas")] = True
         return {**config, **self.theirs}
 
-    def error(self, solver: str, options: Mapping[str, Any], diffusers: str) -> float:
-        """Relative distance of the two ends."""
-        table = build(solver, SCHEDULES[self.schedule][0], self.steps, **self.build_arguments, **options)
-        start = normals()[0] * table.init_noise_sigma
-        want = diffusers_walk(
+    def table(self, solver: str, options: Mapping[str, Any]) -> StepTable:
+        """The engine's table."""
+        return build(solver, SCHEDULES[self.schedule][0], self.steps, **self.build_arguments, **options)
+
+    def theirs_from(self, start: Tensor, diffusers: str) -> Tensor:
+        """The end of the diffusers scheduler's walk, in the dtype of `start`."""
+        return diffusers_walk(
             diffusers,
             self.config,
             self.steps,
@@ -279,7 +289,12 @@ class Walk:
             step_options=self.step_options,
             prepare=self.prepare,
         )
-        return relative_error(engine_walk(table, start), want)
+
+    def error(self, solver: str, options: Mapping[str, Any], diffusers: str) -> float:
+        """Relative distance of the two ends in float64."""
+        table = self.table(solver, options)
+        start = normals()[0] * table.init_noise_sigma
+        return relative_error(engine_walk(table, start), self.theirs_from(start, diffusers))
 
 
 @dataclass(frozen=True, kw_only=True)

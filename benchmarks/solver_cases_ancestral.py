@@ -22,10 +22,10 @@ from benchmarks.solver_cases import (
     normals,
     relative_error,
 )
-from fastdiff.solvers import build
 
 NO_CLIP = {"clip_sample": False}
 TO_ONE = {"clip_sample": False, "set_alpha_to_one": True}
+CLIP = {"clip_sample": True, "clip_sample_range": 0.8, "set_alpha_to_one": True}
 
 
 def walks(*settings: tuple[str, str, str, int], **common: Any) -> tuple[Walk, ...]:
@@ -111,7 +111,7 @@ class RePaintWalk(Walk):
                     x = theirs.undo_step(x, int(before))
                     forward.append((float(schedule.betas[int(before)]), ours[-1]))
                 before = t
-        table = build(solver, schedule, self.steps, **self.build_arguments, **options)
+        table = self.table(solver, options)
         got = engine_walk(table, normals()[0], noise=torch.stack(ours), known=known, mask=mask)
         return relative_error(got, x)
 
@@ -129,7 +129,7 @@ class LearnedVarianceWalk(Walk):
         config = {**self.config, "variance_type": options["variance"]}
         start = normals()[0][..., None]
         x = start
-        c = build(solver, SCHEDULES[self.schedule][0], self.steps, **self.build_arguments, **options).columns
+        c = self.table(solver, options).columns
         for i, z in zip(range(self.steps), normals()[1:, ..., None]):
             m, v = doubled(x, c["t"][i]).chunk(2, dim=1)
             x0 = c["px"][i] * x + c["pm"][i] * m
@@ -144,7 +144,10 @@ CASES = (
         solver="ddpm",
         diffusers="DDPMScheduler",
         guided_diffusion="p_sample_loop",
-        walks=walks(*DDPM_WALKS, theirs=NO_CLIP),
+        walks=(
+            *walks(*DDPM_WALKS, theirs=NO_CLIP),
+            Walk(ours={"clip_sample": 1.0}, theirs={"clip_sample": True}),
+        ),
         order=1,
         order_steps=120,
         stochastic=True,
@@ -173,7 +176,15 @@ CASES = (
         solver="ddim",
         diffusers="DDIMScheduler",
         guided_diffusion="ddim_sample_loop",
-        walks=walks(*DDIM_WALKS, theirs=TO_ONE),
+        walks=(
+            *walks(*DDIM_WALKS, theirs=TO_ONE),
+            Walk(ours={"clip_sample": 0.8}, theirs=CLIP),
+            Walk(
+                ours={"clip_sample": 0.8, "use_clipped_model_output": True},
+                theirs=CLIP,
+                step_options={"use_clipped_model_output": True},
+            ),
+        ),
         order=1,
     ),
     SolverCase(

@@ -19,7 +19,6 @@ from benchmarks.solver_cases import (
 )
 from benchmarks.solver_cases_ancestral import walks
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import build
 
 EULER_WALKS = (
     ("linear", "epsilon", "linspace", 10),
@@ -55,7 +54,7 @@ class KarrasVeWalk(Walk):
                 if sigma_next > 0:
                     more = (sigma_hat, sigma_next, x_hat, x, output.derivative)
                     x = theirs.step_correct(-network(x, 0.0), *more).prev_sample
-        table = build(solver, schedule, self.steps, **self.build_arguments, **options)
+        table = self.table(solver, options)
         return relative_error(engine_walk(table, start, model=lambda x, t: network(x, 0.0)), x)
 
 
@@ -83,7 +82,17 @@ CASES = (
         name="euler (flow)",
         solver="euler",
         diffusers="FlowMatchEulerDiscreteScheduler",
-        walks=walks(*FLOW_WALKS),
+        walks=(
+            *walks(*FLOW_WALKS),
+            # sigmas given, because diffusers shifts the last of its own twice
+            Walk(
+                schedule="flow_shifted",
+                prediction_type="flow_prediction",
+                spacing="trailing",
+                steps=8,
+                set_timesteps={"sigmas": [1 - i / 8 for i in range(8)]},
+            ),
+        ),
         order=1,
         order_schedule=NoiseSchedule.flow(),
         order_arguments={"sigma_spacing": None, "timestep_spacing": "linspace"},
@@ -95,6 +104,15 @@ CASES = (
         k_diffusion="sample_euler",
         walks=walks(("edm", "edm", "karras", 1), ("edm", "edm", "karras", 9)),
         order=1,
+        order_arguments={"prediction_type": "edm"},
+    ),
+    SolverCase(
+        name="dpmpp_2m (edm)",
+        solver="dpmpp_2m",
+        diffusers="EDMDPMSolverMultistepScheduler",
+        k_diffusion="sample_dpmpp_2m",
+        walks=walks(("edm", "edm", "karras", 1), ("edm", "edm", "karras", 9)),
+        order=2,
         order_arguments={"prediction_type": "edm"},
     ),
     SolverCase(
