@@ -20,10 +20,19 @@ def setting(solver):
     return LINEAR, "edm" if solver == "consistency" else "epsilon"
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_every_row_keeps_the_known_part_at_the_level_the_model_is_told_next(solver):
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        *((name, {}) for name in SOLVERS),
+        ("edm", {"s_churn": 3.0}),
+        ("ddim", {"strength": 0.5}),
+        ("pndm", {"plms": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_every_row_keeps_the_known_part_at_the_level_the_model_is_told_next(solver, options):
     schedule, prediction_type = setting(solver)
-    table = build(solver, schedule, 6, prediction_type=prediction_type, inpaint=True)
+    table = build(solver, schedule, 6, prediction_type=prediction_type, inpaint=True, **options)
     known, x = torch.randn(2, 50, generator=GENERATOR, dtype=torch.float64)
     draws = torch.randn(len(table), 50, generator=GENERATOR, dtype=torch.float64)
     seen = []
