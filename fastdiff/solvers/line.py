@@ -31,8 +31,8 @@ class Churn:
     """Noise that raises sigma to sigma_hat before each step (Karras et al. 2022, algorithm 2, lines 4 to 6).
 
     The model sees the churned state, so the noise of a step is added by the row before it: the first step's by a row of
-    its own, which does not evaluate the model. Where sigma_hat is above the schedule's largest sigma, a model that knows
-    timesteps is told the last one: s_tmax keeps clear of that.
+    its own, which does not evaluate the model. Where sigma_hat is above the schedule's largest sigma, a model that
+    knows timesteps is told the last one: s_tmax keeps clear of that.
 
     Args:
         s_churn: at least 0; sigma_hat = sigma * (1 + min(s_churn / n, sqrt(2) - 1)) for a walk of n steps.
