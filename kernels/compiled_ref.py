@@ -37,19 +37,19 @@ class CompiledRef:
     def __call__(self, *arguments: Any) -> list[Tensor]:
         if self._failed or os.environ.get("FASTDIFF_COMPILE_STEP") == "0":
             return self._function(*arguments)
-        key = tuple(_kind(argument) for argument in arguments)
+        key, tensors = _describe(arguments)
         graph = self._graphs.get(key)
         if graph is None:
             with self._lock:
-                graph = self._graphs.get(key) or self._compile(arguments)
+                graph = self._graphs.get(key) or self._compile(arguments, tensors)
                 if graph is None:
                     return self._function(*arguments)
                 self._graphs[key] = graph
-        return graph(*_tensors(arguments))
+        return graph(*tensors)
 
-    def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., list[Tensor]] | None:
+    def _compile(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Callable[..., list[Tensor]] | None:
         try:
-            return _compile(self._function, arguments)
+            return _compile(self._function, arguments, tensors)
         except Exception as error:  # a compiler may raise anything
             self._failed = True
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
@@ -57,23 +57,23 @@ class CompiledRef:
             return None
 
 
-def _kind(argument: Any) -> Hashable:
-    if isinstance(argument, Tensor):
-        shape = argument.shape
-        # a single group broadcasts, and half of a wider tensor has a wider stride
-        wider = argument.stride(0) != shape[1] if len(shape) == 2 else shape[1:]
-        return argument.dtype, len(shape), shape[0] == 1, wider
-    return tuple([_kind(item) for item in argument]) if isinstance(argument, list) else argument
-
-
-def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
-    found = []
+def _describe(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Tensor]]:
+    """What a graph depends on, and the tensors it takes."""
+    kinds: list[Hashable] = []
+    tensors: list[Tensor] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            found.append(argument)
-        elif isinstance(argument, list):
-            found.extend(argument)
-    return found
+        items = argument if type(argument) is list else (argument,)
+        kinds.append(len(items))
+        for item in items:
+            if not isinstance(item, Tensor):
+                kinds.append(item)
+                continue
+            tensors.append(item)
+            shape = item.shape
+            # a single group broadcasts, and half of a wider tensor has a wider stride
+            wider = item.stride(0) != shape[1] if len(shape) == 2 else shape[1:]
+            kinds += (item.dtype, len(shape), shape[0] == 1, wider)
+    return tuple(kinds), tensors
 
 
 def _example(tensor: Tensor) -> Tensor:
@@ -85,9 +85,11 @@ def _example(tensor: Tensor) -> Tensor:
     return torch.zeros(groups, width, dtype=tensor.dtype)[:, :_ELEMENTS]
 
 
-def _compile(function: Callable[..., list[Tensor]], arguments: tuple[Any, ...]) -> Callable[..., list[Tensor]]:
-    def of_tensors(*tensors: Tensor) -> list[Tensor]:
-        rest = iter(tensors)
+def _compile(
+    function: Callable[..., list[Tensor]], arguments: tuple[Any, ...], tensors: list[Tensor]
+) -> Callable[..., list[Tensor]]:
+    def of_tensors(*inputs: Tensor) -> list[Tensor]:
+        rest = iter(inputs)
 
         def place(argument: Any) -> Any:
             if isinstance(argument, Tensor):
@@ -96,7 +98,7 @@ def _compile(function: Callable[..., list[Tensor]], arguments: tuple[Any, ...]) 
 
         return function(*[place(argument) for argument in arguments])
 
-    examples = [_example(tensor) for tensor in _tensors(arguments)]
+    examples = [_example(tensor) for tensor in tensors]
     with torch.no_grad():
         graph = make_fx(of_tensors, tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
