@@ -1,0 +1,269 @@
+"""A step of every façade against diffusers' own scheduler, side by side: python -m benchmarks.facade_step --out DIR
+
+Both take the same walk with the same tensors, in turns, in one process; only `step` is timed. The noise of steps is
+made beforehand for both, so that the caller's generator is in neither time. Writes a JSON and a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# A cache of its own, so that the time to compile is measured and not the time to find what was compiled before.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import fastdiff.compat.diffusers as compat  # noqa: E402
+from fastdiff.environment import environment  # noqa: E402
+
+SHAPES = ((16, 4, 64, 64), (64, 3, 32, 32))
+TINY = (1, 4, 2, 2)
+STEPS = 20
+# the goals: times faster where the original takes several ops, and no slower than this where it takes few
+MANY_OPS, FASTER, NO_SLOWER = 4, 1.5, 1 / 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A scheduler as it is configured and stepped."""
+
+    scheduler: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    channels: int = 1
+
+    @property
+    def name(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in (*self.config.items(), *self.options.items()))
+        return self.scheduler.removesuffix("Scheduler") + (f" ({settings})" if settings else "")
+
+
+CASES = (
+    Case(scheduler="DDPMScheduler"),
+    Case(scheduler="DDPMScheduler", config={"variance_type": "learned_range"}, channels=2),
+    Case(scheduler="DDPMScheduler", config={"thresholding": True}),
+    Case(scheduler="DDIMScheduler"),
+    Case(scheduler="DDIMScheduler", options={"eta": 1.0}),
+    Case(scheduler="DDIMInverseScheduler"),
+    Case(scheduler="LCMScheduler"),
+    Case(scheduler="EulerDiscreteScheduler"),
+    Case(scheduler="EulerAncestralDiscreteScheduler"),
+    Case(scheduler="HeunDiscreteScheduler"),
+    Case(scheduler="FlowMatchEulerDiscreteScheduler"),
+    Case(scheduler="FlowMatchEulerDiscreteScheduler", config={"stochastic_sampling": True}),
+    Case(scheduler="EDMEulerScheduler"),
+    Case(scheduler="DPMSolverMultistepScheduler"),
+    Case(scheduler="DPMSolverMultistepScheduler", config={"solver_order": 3}),
+    Case(scheduler="DPMSolverMultistepScheduler", config={"algorithm_type": "sde-dpmsolver++"}),
+    Case(scheduler="DPMSolverSinglestepScheduler"),
+    Case(scheduler="UniPCMultistepScheduler"),
+    Case(scheduler="DEISMultistepScheduler"),
+    Case(scheduler="EDMDPMSolverMultistepScheduler"),
+)
+
+
+class Prepared:
+    """Stands for diffusers' `randn_tensor`: one tensor for each shape and dtype, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def __call__(self, shape: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
+        key = tuple(shape), dtype
+        if key not in self._made:
+            self._made[key] = torch.randn(*key[:1], dtype=dtype)
+        return self._made[key]
+
+    def install(self) -> None:
+        """In every module of schedulers that is loaded."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith(("diffusers.schedulers.", "fastdiff.compat.")) and hasattr(module, "randn_tensor"):
+                module.randn_tensor = self  # type: ignore[attr-defined]
+
+
+class Ops(TorchDispatchMode):
+    """Counts the operations that run, without views and reads of host numbers."""
+
+    FREE: tuple[str, ...] = (
+        "aten.view",
+        "aten.slice",
+        "aten.select",
+        "aten.split",
+        "aten.unbind",
+        "aten.unsqueeze",
+        "aten.squeeze",
+    )
+    FREE += ("aten.detach", "aten.alias", "aten.as_strided", "aten._local_scalar_dense", "aten.promote_types")
+    FREE += ("aten._unsafe_view", "aten.expand", "aten._to_copy", "aten.lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_samples = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (list, tuple)) and result else result
+        # arithmetic on 0-dim coefficients is not counted
+        if not str(function).startswith(self.FREE) and isinstance(first, Tensor) and first.ndim > 0:
+            self.on_samples += 1
+        return result
+
+
+class Step(NamedTuple):
+    """A step of a walk: what it took, what it gave, and how many operations on samples it was."""
+
+    sample: Tensor
+    result: Tensor
+    ops: int
+
+
+def _walk(scheduler: Any, case: Case, shape: tuple[int, ...], timed: list[float] | None = None) -> Iterator[Step]:
+    """The steps of a walk with a smooth network; `timed` takes the seconds of each `step`."""
+    scheduler.set_timesteps(num_inference_steps=STEPS)
+    scheduler.is_scale_input_called = True
+    x = torch.linspace(-1.5, 1.5, torch.Size(shape).numel()).view(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in list(scheduler.timesteps):
+        m = torch.tanh(0.5 * x)
+        m = torch.cat([m, torch.sin(x)], 1) if case.channels == 2 else m
+        with Ops() if timed is None else contextlib.nullcontext() as ops:
+            start = time.perf_counter()
+            result = scheduler.step(m, t, x, return_dict=False, **case.options)[0]
+            seconds = time.perf_counter() - start
+        if timed is not None:
+            timed.append(seconds)
+        yield Step(x, result, 0 if ops is None else ops.on_samples)
+        x = result
+
+
+def _times(scheduler: Any, case: Case, shape: tuple[int, ...]) -> list[float]:
+    """Seconds of each step of a walk."""
+    seconds: list[float] = []
+    for _ in _walk(scheduler, case, shape, seconds):
+        pass
+    return seconds
+
+
+def _error(ours: list[Step], theirs: list[Step]) -> float:
+    """The largest difference of two walks, relative to the largest number that enters or leaves a step."""
+    errors = []
+    for one, other in zip(ours, theirs):
+        unit = torch.maximum(other.sample.abs().max(), other.result.abs().max())
+        errors.append(float((one.result - other.result).abs().max() / unit))
+    return max(errors)
+
+
+def _summary(times: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median_us": median * 1e6, "quartile_us": low * 1e6, "upper_quartile_us": high * 1e6, "steps": len(times)}
+
+
+def measure(case: Case, shapes: tuple[tuple[int, ...], ...], walks: int) -> dict[str, Any]:
+    """Everything about a case: operations, error, and for each shape the times of both."""
+    original = getattr(diffusers, case.scheduler)(**case.config)
+    ours = getattr(compat, f"Fast{case.scheduler}").from_config(original.config)
+    Prepared().install()
+    report: dict[str, Any] = {"name": case.name, "scheduler": case.scheduler, "shapes": {}}
+    # the first walk compiles; the second is its time without
+    first, second = sum(_times(ours, case, TINY)), sum(_times(ours, case, TINY))
+    report["compile_s"] = max(first - second, 0.0)
+    walked, expected = (list(_walk(scheduler, case, (2, 4, 8, 8))) for scheduler in (ours, original))
+    report["ops"], report["ops_original"] = (
+        # of the steps alike but for a few at the ends, both stages of a two-stage method
+        max(statistics.multimode(step.ops for step in steps[4:-4]))
+        for steps in (walked, expected)
+    )
+    report["error"] = _error(walked, expected)
+    for shape in (TINY, *shapes):
+        ours_s: list[float] = []
+        original_s: list[float] = []
+        for turn in range(walks + 1):
+            pair = [(ours, ours_s), (original, original_s)]
+            for scheduler, times in pair if turn % 2 else reversed(pair):
+                taken = _times(scheduler, case, shape)
+                # the first turn warms up
+                times += taken if turn else []
+        times = {"ours": _summary(ours_s), "original": _summary(original_s)}
+        ratio = times["original"]["median_us"] / times["ours"]["median_us"]
+        report["shapes"]["x".join(map(str, shape))] = {**times, "times_faster": ratio}
+    return report
+
+
+def goal(case: dict[str, Any]) -> float:
+    """How many times faster than the original a case is to be."""
+    return FASTER if case["ops_original"] >= MANY_OPS else NO_SLOWER
+
+
+def page(report: dict[str, Any]) -> str:
+    """Markdown, a line for each case."""
+    shapes = [name for name in report["cases"][0]["shapes"] if name != "x".join(map(str, TINY))]
+    tiny = "x".join(map(str, TINY))
+    lines = [
+        "# A façade's step against the original's",
+        "",
+        f"`{report['command']}`, {report['date']}, {report['environment']['cpu']}, "
+        f"{report['environment']['torch_threads']} thread(s), torch {report['environment']['torch']}, diffusers "
+        f"{report['environment']['packages']['diffusers']}. Medians in microseconds, original → façade (times faster); "
+        "noise made beforehand. The tiny tensors show the host's work. Goal: "
+        f"{FASTER} times faster where the original takes {MANY_OPS} or more operations, else at most {FASTER} times "
+        f"slower. Compilation, once for all façades and shapes: {report['compile_s']:.1f} s.",
+        "",
+        "| façade | ops | " + " | ".join([*shapes, f"host, {tiny}"]) + " | error | goal |",
+        "|---|---|" + "---|" * (len(shapes) + 3),
+    ]
+    for case in report["cases"]:
+        cells = []
+        for shape in [*shapes, tiny]:
+            times = case["shapes"][shape]
+            medians = f"{times['original']['median_us']:.0f} → {times['ours']['median_us']:.0f}"
+            cells.append(f"{medians} ({times['times_faster']:.1f})")
+        reached = all(case["shapes"][shape]["times_faster"] >= goal(case) for shape in shapes)
+        lines.append(
+            f"| {case['name']} | {case['ops_original']} → {case['ops']} | {' | '.join(cells)} | {case['error']:.0e} | "
+            f"{'reached' if reached else 'missed'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON and the page")
+    parser.add_argument("--quick", action="store_true", help="one shape and two walks: a look, not a measurement")
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    shapes, walks = (SHAPES[:1], 2) if options.quick else (SHAPES, 12)
+    day = datetime.date.today().isoformat()
+    with torch.no_grad():
+        cases = [measure(case, shapes, walks) for case in CASES]
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.facade_step", *sys.argv[1:]]),
+        "date": day,
+        "environment": environment(),
+        "compile_s": sum(case["compile_s"] for case in cases),
+        "cases": cases,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"facade-step_cpu_{day}"
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(report))
+    print(page(report))
+
+
+if __name__ == "__main__":
+    main()
