@@ -117,7 +117,7 @@ class Sampler:
             steps, options = num_inference_steps, dict(solver_options or {})
 
             @functools.lru_cache(maxsize=MAX_TABLES)
-            def build(strength: float, **inpaint: bool) -> StepTable:
+            def build(strength: float, inpaint: bool = False) -> StepTable:
                 return solvers.build(
                     solver,
                     schedule,
@@ -129,12 +129,11 @@ class Sampler:
                     guidance_scale=guidance_scale,
                     guidance_interval=guidance_interval,
                     strength=strength,
-                    **options,
-                    **inpaint,
+                    **(options | {"inpaint": True} if inpaint else options),
                 )
 
             self._build = build
-            self.table = build(1.0)
+            self.table = build(1.0, False)
         self.model = model
         self.schedule = schedule
         self.dynamic_threshold = dynamic_threshold
@@ -316,7 +315,7 @@ class Sampler:
             if from_image:
                 raise ValueError("init_image needs a solver's name: a finished StepTable has a fixed start")
             return self.table
-        return self._build(strength, inpaint=True) if inpaint else self._build(strength)
+        return self._build(strength, inpaint)
 
     def _decoded(self, x: Tensor) -> Tensor:
         return x if self.latent_space is None else self.latent_space.decode(x)
