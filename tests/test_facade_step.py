@@ -15,6 +15,7 @@ def one_case(monkeypatch):
 
 @pytest.mark.usefixtures("one_case")
 def test_the_report(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["facade_step", "--quick", "--out", str(tmp_path)])
     facade_step.main()
     (path,) = tmp_path.glob("facade-step_cpu_*.json")
