@@ -41,6 +41,16 @@ def test_configuration_goes_both_ways(name, tmp_path):
 
 
 @every
+def test_configuration_goes_through_compatible_schedulers(name):
+    original, ours = pair(name)
+    assert set(original.compatibles) - {type(original)} <= set(ours.compatibles) <= set(original.compatibles)
+    for compatible in ours.compatibles:
+        if compatible.__name__ in SCHEDULERS:
+            back = type(ours).from_config(compatible.from_config(ours.config).config)
+            assert {key: back.config[key] for key in ours.config} == dict(ours.config)
+
+
+@every
 def test_the_pipeline_loader_finds_the_class(name):
     ours = getattr(compat, f"Fast{name}")
     library = importlib.import_module(ours.__module__)
