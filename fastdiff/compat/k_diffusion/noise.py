@@ -31,7 +31,7 @@ class BatchedBrownianTree:
             from torchsde import BrownianTree
         except ImportError:
             raise ImportError(
-                "the Brownian tree needs the package torchsde (pip install torchsde); for noise that is independent "
+                "the Brownian tree needs the package torchsde (pip install fastdiff[k-diffusion]); for noise that is independent "
                 "in each step pass noise_sampler=default_noise_sampler(x)"
             ) from None
         t0, t1, self.sign = self.sort(t0, t1)
