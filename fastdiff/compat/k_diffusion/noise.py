@@ -31,8 +31,8 @@ class BatchedBrownianTree:
             from torchsde import BrownianTree
         except ImportError:
             raise ImportError(
-                "the Brownian tree needs the package torchsde (pip install fastdiff[k-diffusion]); for noise that is independent "
-                "in each step pass noise_sampler=default_noise_sampler(x)"
+                "the Brownian tree needs the package torchsde (pip install fastdiff[k-diffusion]); for noise that is "
+                "independent in each step pass noise_sampler=default_noise_sampler(x)"
             ) from None
         t0, t1, self.sign = self.sort(t0, t1)
         w0 = kwargs.pop("w0", torch.zeros_like(x))
