@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from fastdiff.compat.diffusers.fused import RowTable
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.compat.diffusers.sigma_walk import ChurnedEuler, SigmaWalk
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.euler import euler_ancestral
