@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import cuda_graph, noise, solvers
+from fastdiff import cuda_graph, noise
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import Row, StepTable, run_table
