@@ -12,30 +12,33 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
+# Read once: asking the environment takes a microsecond of every call.
+ENABLED = os.environ.get("FASTDIFF_COMPILE_STEP") != "0"
 # Any sizes but 0 and 1, which tracing would take as constants; large, or Inductor would not use several threads.
 _GROUPS, _ELEMENTS = 4, 65536
+
+
+Graph = Callable[[list[Tensor]], list[Tensor]]
 
 
 class CompiledRef:
     """Calls `function`, compiled for its combination of argument kinds; eager where that cannot be.
 
     Positional arguments are tensors ([G, n], [G], or columns [G or 1, n_columns, 1]), lists of them, None, bools and
-    dtypes; results are a list of tensors. With FASTDIFF_COMPILE_STEP=0 in the environment, or after a
-    compilation failed (one warning says why), the function itself runs.
+    dtypes; results are a list of tensors. With FASTDIFF_COMPILE_STEP=0 in the environment, or after a compilation
+    failed (one warning says why), the function itself runs.
     """
 
     def __init__(self, function: Callable[..., list[Tensor]]) -> None:
         self._function = function
-        self._graphs: dict[Hashable, Callable[..., list[Tensor]]] = {}
+        self._graphs: dict[Hashable, Graph] = {}
         self._lock = threading.Lock()
         self._failed = False
 
     def __call__(self, *arguments: Any) -> list[Tensor]:
-        if self._failed or os.environ.get("FASTDIFF_COMPILE_STEP") == "0":
+        if self._failed or not ENABLED:
             return self._function(*arguments)
         key, tensors = _describe(arguments)
         graph = self._graphs.get(key)
@@ -45,9 +48,9 @@ class CompiledRef:
                 if graph is None:
                     return self._function(*arguments)
                 self._graphs[key] = graph
-        return graph(*tensors)
+        return graph(tensors)
 
-    def _compile(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Callable[..., list[Tensor]] | None:
+    def _compile(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Graph | None:
         try:
             return _compile(self._function, arguments, tensors)
         except Exception as error:  # a compiler may raise anything
@@ -85,9 +88,11 @@ def _example(tensor: Tensor) -> Tensor:
     return torch.zeros(groups, width, dtype=tensor.dtype)[:, :_ELEMENTS]
 
 
-def _compile(
-    function: Callable[..., list[Tensor]], arguments: tuple[Any, ...], tensors: list[Tensor]
-) -> Callable[..., list[Tensor]]:
+def _compile(function: Callable[..., list[Tensor]], arguments: tuple[Any, ...], tensors: list[Tensor]) -> Graph:
+    """A graph of the tensors of a call, for any sizes."""
+    from torch._inductor import compile as inductor_compile
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     def of_tensors(*inputs: Tensor) -> list[Tensor]:
         rest = iter(inputs)
 
@@ -98,13 +103,35 @@ def _compile(
 
         return function(*[place(argument) for argument in arguments])
 
+    def traced(**options: Any) -> tuple[torch.fx.GraphModule, list[Any]]:
+        module = make_fx(of_tensors, tracing_mode="symbolic", **options)(*examples)
+        return module, [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+
     examples = [_example(tensor) for tensor in tensors]
     with torch.no_grad():
-        graph = make_fx(of_tensors, tracing_mode="symbolic")(*examples)
-        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        # torch 2.11 cannot make a cache key of symbolic sizes and logs a traceback
-        with torch._inductor.config.patch(fx_graph_cache=False):
-            compiled = torch._inductor.compile(graph, inputs)
-        # a graph that cannot be called is a failure of the compiler, not of the caller
-        compiled(*examples)
-    return compiled  # type: ignore[return-value]
+        try:
+            graph = _without_wrapper(traced)
+            graph(list(examples))
+        except Exception:  # not a public interface: it may change with any version of torch
+            module, inputs = traced()
+            compiled: Any = inductor_compile(module, inputs)
+
+            def graph(tensors: list[Tensor]) -> list[Tensor]:
+                return compiled(*tensors)
+
+            # a graph that cannot be called is a failure of the compiler, not of the caller
+            graph(examples)
+    return graph
+
+
+def _without_wrapper(traced: Callable[..., tuple[torch.fx.GraphModule, list[Any]]]) -> Graph:
+    """Inductor without AOTAutograd, whose wrapper takes as long as a small step: nothing here mutates or aliases."""
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    module, inputs = traced(decomposition_table=select_decomp_table())
+    # torch 2.11 cannot make a cache key of symbolic sizes and logs a traceback
+    with tracing(TracingContext(detect_fake_mode(inputs))), config.patch(fx_graph_cache=False):
+        return compile_fx_inner(module, inputs)

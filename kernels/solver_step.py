@@ -379,8 +379,9 @@ def solver_step(
     dtype = sample.dtype if out_dtype is None else out_dtype
     if sample.numel() == 0:
         return [torch.empty_like(sample, dtype=dtype) for _ in range(1 + return_x0 + remember)]
-    tensors = (sample, model_output, noise, threshold, *history)
-    differentiates = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    differentiates = torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in (sample, model_output, noise, threshold, *history)
+    )
     if differentiates or (torch.compiler.is_compiling() and not use_triton(sample)):
         return solver_step_ref(
             sample,

@@ -6,6 +6,8 @@ import torch
 from diffusers_walk import SCHEDULERS, SHAPE, pair, walk, worst
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdiff.kernels import compiled_ref
+
 NO_WORK = ("aten.view", "aten.slice", "aten.select", "aten.split", "aten.unbind", "aten.detach", "aten.alias")
 NO_WORK += ("aten._local_scalar_dense", "aten.promote_types")
 
@@ -80,6 +82,6 @@ def test_the_count_sees_the_original_s_ops():
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler"])
 def test_the_compiled_step_walks_alike(name, monkeypatch):
     original, ours = pair(name)
-    monkeypatch.setenv("FASTDIFF_COMPILE_STEP", "1")
+    monkeypatch.setattr(compiled_ref, "ENABLED", True)
     compiled = walk(ours, 5)
     assert worst(compiled, walk(original, 5)) <= 1e-5

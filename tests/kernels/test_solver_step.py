@@ -231,7 +231,7 @@ class TestCompiledOnTheCPU:
     @pytest.fixture(autouse=True)
     def _compiled(self, monkeypatch, needs_cxx):
         monkeypatch.setattr(dispatch, "INTERPRET", False)
-        monkeypatch.setenv("FASTDIFF_COMPILE_STEP", "1")
+        monkeypatch.setattr(compiled_ref, "ENABLED", True)
         self.graphs = compiled_ref.CompiledRef(module._combine)
         monkeypatch.setattr(module, "_compiled", self.graphs)
 
