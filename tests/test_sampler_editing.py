@@ -180,6 +180,17 @@ def test_slerp_walks_the_arc():
         slerp(a, b[:2], 0.5)
 
 
+def test_two_images_are_interpolated_by_way_of_their_noises():
+    """Data N(0, 1): the noise of an image is the image itself, so the arc between the noises is that of the images."""
+    model = gaussian_model(SCHEDULE)
+    images = noise.normal((2, 3, 16, 16), seed=0)
+    inverted = make(model, "ddim_inverse", steps=200).sample((2, 3, 16, 16), init_image=images)
+    between = slerp(inverted[:1], inverted[1:], 0.3)
+    drawn = make(model, steps=200).sample((1, 3, 16, 16), noise=between)
+    # both walks are of first order: 200 steps leave a few thousandths of an image
+    torch.testing.assert_close(drawn, slerp(images[:1], images[1:], 0.3), atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m"])
 def test_classifier_guidance_samples_the_posterior(solver):
     """Data N(0, 1) seen through noise of variance 1/4: the posterior of an observation 2 is N(1.6, 0.2)."""
