@@ -1,8 +1,10 @@
 """Samplers of models that were distilled to take one long step at a time."""
 
 import math
+from collections.abc import Sequence
 
 from fastdiff.solvers.grid import Grid
+from fastdiff.solvers.line import Point
 from fastdiff.solvers.registry import register
 from fastdiff.table import Row
 
@@ -33,7 +35,7 @@ def lcm(grid: Grid, *, timestep_scaling: float = 10.0, sigma_data: float = 0.5) 
 
 
 @register("tcd", original_inference_steps=50)
-def tcd(grid: Grid, *, eta: float = 0.3) -> list[Row]:
+def tcd(grid: Grid, *, eta: float = 0.3, through: Sequence[Point] | None = None) -> list[Row]:
     """Trajectory consistency distillation (Zheng et al. 2024, algorithm 4, strategic stochastic sampling).
 
     A deterministic step to timestep s = floor((1 - eta) * t_next), and noise from there to t_next; the last step is
@@ -41,6 +43,7 @@ def tcd(grid: Grid, *, eta: float = 0.3) -> list[Row]:
 
     Args:
         eta: in [0, 1], the paper's gamma: 0 is DDIM, 1 noises x0 anew in every step.
+        through: (alpha, sigma) where the deterministic part of each step ends, in place of those that follow from eta.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, accepted is [0, 1]")
@@ -48,7 +51,9 @@ def tcd(grid: Grid, *, eta: float = 0.3) -> list[Row]:
     for i in range(len(grid)):
         alpha, sigma = float(grid.alpha[i + 1]), float(grid.sigma[i + 1])
         alpha_s, sigma_s = alpha, sigma
-        if i + 1 < len(grid) and eta > 0:
+        if through is not None:
+            alpha_s, sigma_s = through[i]
+        elif i + 1 < len(grid) and eta > 0:
             alpha_s, sigma_s = grid.level(math.floor((1 - eta) * grid.timestep(i + 1)))
         ratio = alpha / alpha_s
         ux, u0, um = grid.epsilon(i)

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     from fastdiff.compat.diffusers.euler import FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
     from fastdiff.compat.diffusers.flow_match import FastFlowMatchEulerDiscreteScheduler
     from fastdiff.compat.diffusers.heun import FastHeunDiscreteScheduler
+    from fastdiff.compat.diffusers.kdpm2 import FastKDPM2AncestralDiscreteScheduler, FastKDPM2DiscreteScheduler
     from fastdiff.compat.diffusers.lcm import FastLCMScheduler
+    from fastdiff.compat.diffusers.lms import FastLMSDiscreteScheduler
     from fastdiff.compat.diffusers.pipeline import accelerate, restore
+    from fastdiff.compat.diffusers.pndm import FastPNDMScheduler
+    from fastdiff.compat.diffusers.tcd import FastTCDScheduler
     from fastdiff.compat.diffusers.unet import load_diffusers_unet, save_diffusers_unet, to_diffusers_unet
     from fastdiff.compat.diffusers.unipc import FastUniPCMultistepScheduler
 
@@ -48,7 +52,12 @@ _HOMES = {
     "FastEulerDiscreteScheduler": "fastdiff.compat.diffusers.euler",
     "FastFlowMatchEulerDiscreteScheduler": "fastdiff.compat.diffusers.flow_match",
     "FastHeunDiscreteScheduler": "fastdiff.compat.diffusers.heun",
+    "FastKDPM2AncestralDiscreteScheduler": "fastdiff.compat.diffusers.kdpm2",
+    "FastKDPM2DiscreteScheduler": "fastdiff.compat.diffusers.kdpm2",
     "FastLCMScheduler": "fastdiff.compat.diffusers.lcm",
+    "FastLMSDiscreteScheduler": "fastdiff.compat.diffusers.lms",
+    "FastPNDMScheduler": "fastdiff.compat.diffusers.pndm",
+    "FastTCDScheduler": "fastdiff.compat.diffusers.tcd",
     "FastUniPCMultistepScheduler": "fastdiff.compat.diffusers.unipc",
     "SchedulerMixin": "diffusers",
     "accelerate": "fastdiff.compat.diffusers.pipeline",
@@ -71,7 +80,12 @@ __all__ = [
     "FastEulerDiscreteScheduler",
     "FastFlowMatchEulerDiscreteScheduler",
     "FastHeunDiscreteScheduler",
+    "FastKDPM2AncestralDiscreteScheduler",
+    "FastKDPM2DiscreteScheduler",
     "FastLCMScheduler",
+    "FastLMSDiscreteScheduler",
+    "FastPNDMScheduler",
+    "FastTCDScheduler",
     "FastUniPCMultistepScheduler",
     "SchedulerMixin",
     "accelerate",

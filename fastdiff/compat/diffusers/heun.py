@@ -10,21 +10,20 @@ from torch import Tensor
 
 from fastdiff.compat.diffusers.euler import vp_input_grid
 from fastdiff.compat.diffusers.fused import RowTable, Timestep, result_dtype
-from fastdiff.compat.diffusers.sigma_walk import SigmaWalk
+from fastdiff.compat.diffusers.sigma_walk import CountedSigmaWalk
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.euler import euler
 from fastdiff.solvers.grid import Grid
 from fastdiff.table import Row
 
 
-class FastHeunDiscreteScheduler(SigmaWalk, HeunDiscreteScheduler):
+class FastHeunDiscreteScheduler(CountedSigmaWalk, HeunDiscreteScheduler):
     """`HeunDiscreteScheduler`; its two stages keep state, so it takes one timestep for the batch.
 
     A second stage starts from the first one's sample, as in the original, and not, as the engine's "heun" may, from the
     state the first stage returned: a pipeline may have changed that in between.
     """
 
-    per_sample = False
     state_in_first_order: bool
     prev_derivative: Tensor | None
     sample: Tensor | None
@@ -57,12 +56,6 @@ class FastHeunDiscreteScheduler(SigmaWalk, HeunDiscreteScheduler):
             # values newest first: the derivative of the first stage, then the sample it started from
             rows.append(grid.row(i, cx=slope, c0=-slope, history={-1: half, -2: 1.0}))
         return rows
-
-    def _locate(self, timestep: Timestep) -> int:
-        if self._step_index is None:
-            self._init_step_index(timestep)
-            assert self._step_index is not None
-        return self._step_index
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True

@@ -33,7 +33,7 @@ def refuse_index(timestep: Timestep) -> None:
 class SigmaWalk(FusedScheduler):
     """A walk along `sigmas` [n + 1] at float `timesteps` [n]."""
 
-    row_sources = ("timesteps", "sigmas")
+    row_sources: tuple[str, ...] = ("timesteps", "sigmas")
     sigmas: Tensor
     is_scale_input_called: bool
 
@@ -60,8 +60,23 @@ class SigmaWalk(FusedScheduler):
 
     def _check_step(self, timestep: Timestep) -> None:
         refuse_index(timestep)
+        self._check_scaled()
+
+    def _check_scaled(self) -> None:
         if not self.is_scale_input_called:
             logger.warning("scale_model_input was not called before step: was the model given a sample in its scale?")
+
+
+class CountedSigmaWalk(SigmaWalk):
+    """A walk that keeps state, and so goes from place to place: the timestep of its first step says where it begins."""
+
+    per_sample = False
+
+    def _locate(self, timestep: Timestep) -> int:
+        if self._step_index is None:
+            self._init_step_index(timestep)
+            assert self._step_index is not None
+        return self._step_index
 
 
 class ChurnedEuler(SigmaWalk):
