@@ -14,7 +14,7 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, result_dtype
+from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, process_points, result_dtype
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.grid import Grid
@@ -70,9 +70,6 @@ class StrideScheduler(FusedScheduler):
     def _all_rows(self, *options: Any) -> RowTable:
         # neighbours in this order follow on one another, so that they share a grid
         timesteps = sorted(range(self.config.num_train_timesteps), key=lambda t: (t % self._stride, -t))
-        if self.config.prediction_type == "epsilon":
-            # where no signal is left, eps does not tell x0
-            timesteps = [t for t in timesteps if self.alphas_cumprod[t] > 0]
         return RowTable(self._rows(timesteps, *options), timesteps)
 
     def _walk(
@@ -86,8 +83,7 @@ class StrideScheduler(FusedScheduler):
         for first, last in itertools.pairwise(cuts):
             bar = np.append(start[first:last], end[last - 1])
             grid = Grid.from_points(
-                np.sqrt(bar),
-                np.sqrt(1 - bar),
+                *process_points(bar),
                 timesteps[first:last],
                 prediction_type=config.prediction_type,
                 clip_sample=config.clip_sample_range if clips else None,

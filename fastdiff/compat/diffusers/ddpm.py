@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, result_dtype
-from fastdiff.solvers.ddpm import ddpm
+from fastdiff.compat.diffusers.fused import (
+    NO_SIGNAL,
+    FusedScheduler,
+    RowTable,
+    Timestep,
+    process_points,
+    result_dtype,
+)
 from fastdiff.solvers.grid import Grid
 
 # diffusers clamps the posterior's variance from below, and so has noise of this variance on a last step with t > 0
@@ -39,21 +44,30 @@ class FastDDPMScheduler(ForwardNoising, FusedScheduler, DDPMScheduler):
 
     def _rows(self) -> RowTable:
         config = self.config
-        alphas_cumprod = self.alphas_cumprod.double().cpu().numpy()
-        bar = np.append(alphas_cumprod[[int(t) for t in self._listed]], 1.0)
+        levels = torch.cat([self.alphas_cumprod.cpu()[[int(t) for t in self._listed]], torch.ones(1)])
+        levels[levels == 0] = NO_SIGNAL
+        # Of a beta of 1e-4 float32 leaves three digits. The images are the original's with those, not with better ones.
+        betas = (1 - levels[:-1] / levels[1:]).tolist()
+        alpha, sigma = process_points(levels.double().numpy())
         grid = Grid.from_points(
-            np.sqrt(bar),
-            np.sqrt(1 - bar),
+            alpha,
+            sigma,
             self._listed,
             prediction_type=config.prediction_type,
             clip_sample=config.clip_sample_range if config.clip_sample and not config.thresholding else None,
         )
-        rows = ddpm(grid)
-        for i, row in enumerate(rows):
-            if self._listed[i] <= 0:
+        variance = (sigma**2).tolist()
+        rows = []
+        for i, (t, beta) in enumerate(zip(self._listed, betas)):
+            # equations 6 and 7 of Ho et al. 2020
+            share = variance[i + 1] / variance[i]
+            row = grid.row(i, cx=math.sqrt(1 - beta) * share, c0=float(alpha[i + 1]) * beta / variance[i])
+            rows.append(row)
+            if t <= 0:
                 continue
-            *_, small, large = grid.posterior(i)
-            small, row.draws = max(small, MIN_VARIANCE), True
+            row.draws = True
+            small = max(beta * share, MIN_VARIANCE)
+            large = max(beta, small)
             if config.variance_type == "learned_range":
                 row.cz, row.lv = (small * large) ** 0.25, math.log(large / small) / 4
             else:

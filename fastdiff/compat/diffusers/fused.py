@@ -23,10 +23,13 @@ from fastdiff.compat.diffusers.row_table import Finder, RowTable
 from fastdiff.compat.diffusers.threshold import dynamic_threshold
 from fastdiff.kernels.solver_step import solver_step
 from fastdiff.noise import normal
+from fastdiff.prediction import FloatArray
 from fastdiff.table import Row
 
 MAX_TABLES = 16
 MAX_WALKS = 16
+# stands for alphas_cumprod = 0: its square root's inverse times a sample is still a float32
+NO_SIGNAL = 1e-36
 Timestep = int | float | Tensor
 
 
@@ -35,6 +38,16 @@ def result_dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
     if sample.dtype == model_output.dtype:
         return sample.dtype
     return torch.promote_types(sample.dtype, model_output.dtype)
+
+
+def process_points(alphas_cumprod: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """alpha and sigma at values of alphas_cumprod.
+
+    Where that is 0 and a model predicts eps, the originals divide by 0, and clipping to a range brings the infinities
+    back to its ends. So it does with an alpha this small, and the table has a row there.
+    """
+    bar = np.where(alphas_cumprod == 0, NO_SIGNAL, alphas_cumprod)
+    return np.sqrt(bar), np.sqrt(1 - bar)
 
 
 def _checking(init: Callable[..., None]) -> Callable[..., None]:
@@ -102,6 +115,12 @@ class FusedScheduler:
         self._listed: list[Any] = [] if value is None else value.tolist()
         self._find = Finder(self._listed)
         self._place = {t: i for i, t in enumerate(self._listed)}
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """The original's: diffusers looks a class up by its name among its own, where a façade's is none."""
+        original: Any = next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+        return original._get_compatibles()
 
     def use_noise_contract(self, seed: int | Tensor | None, sample_indices: Tensor | None = None) -> None:
         """Draw the noise of steps from `fastdiff.noise` instead of a generator: the same on every device, in any batch.

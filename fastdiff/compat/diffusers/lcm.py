@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, result_dtype
+from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, process_points, result_dtype
 from fastdiff.solvers.consistency import lcm
 from fastdiff.solvers.grid import Grid
 
@@ -27,8 +27,7 @@ class FastLCMScheduler(ForwardNoising, FusedScheduler, LCMScheduler):
         # the last row keeps the denoised sample
         bar = np.append(self.alphas_cumprod.double().cpu().numpy()[self._listed], 1.0)
         grid = Grid.from_points(
-            np.sqrt(bar),
-            np.sqrt(1 - bar),
+            *process_points(bar),
             self._listed,
             prediction_type=config.prediction_type,
             clip_sample=config.clip_sample_range if config.clip_sample and not config.thresholding else None,
