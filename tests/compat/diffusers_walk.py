@@ -18,13 +18,27 @@ ONE_STEP = (
     "EulerAncestralDiscreteScheduler",
     "EDMEulerScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "TCDScheduler",
 )
-SCHEDULERS = (*ONE_STEP, "HeunDiscreteScheduler")
+STATEFUL = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
+SCHEDULERS = (*ONE_STEP, *STATEFUL)
 SHAPE = (2, 3, 5, 7)
+
+
+# The constructor of KDPM2's classes looks up each of the training's timesteps among all of them: seconds for 1000.
+SHORT = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.11}
 
 
 def pair(name: str, **config: Any) -> tuple[Any, Any]:
     """diffusers' scheduler of that name and its façade, made from its configuration."""
+    if name.startswith("KDPM2"):
+        config = {**SHORT, **config}
     original = getattr(diffusers, name)(**config)
     return original, getattr(compat, f"Fast{name}").from_config(original.config)
 

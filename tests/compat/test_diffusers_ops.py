@@ -42,15 +42,21 @@ def step_ops(scheduler, **options):
 
 
 FUSED = "fastdiff.solver_step"
-DRAWS = {"DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler"}
+DRAWS = {"DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler"}
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "KDPM2AncestralDiscreteScheduler"])
 def test_a_step_is_one_op(name):
     _, ours = pair(name)
     *taken, last = step_ops(ours)
     assert taken == [["aten.randn.generator"] * (name in DRAWS) + [FUSED]] * len(taken)
     assert last == taken[0] or last == [FUSED]
+
+
+def test_only_second_stages_draw_noise():
+    _, ours = pair("KDPM2AncestralDiscreteScheduler")
+    first, second = [FUSED], ["aten.randn.generator", FUSED]
+    assert step_ops(ours) == [first, second, first, second, first, second, first]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from diffusers_walk import ONE_STEP, SHAPE, model, pair, scale
 import fastdiff.noise
 
 one_step = pytest.mark.parametrize("name", ONE_STEP)
-DRAWING = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler")
+DRAWING = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler")
 PLACES = (4, 0, 2)
 
 

@@ -30,14 +30,20 @@ SCHEDULERS = [
     "UniPCMultistep",
     "DEISMultistep",
     "LCM",
+    "PNDM",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "TCD",
 ]
-FEW = ["DDIM", "EulerAncestralDiscrete", "DPMSolverMultistep"]
+FEW = ["DDIM", "EulerAncestralDiscrete", "DPMSolverMultistep", "PNDM"]
 # 8-bit levels. The promise is 1; float32 rounding through the steps and the decoder is 5e-4 at most in these tests.
 LEVELS = 0.005
 
 
 def scheduler(name: str) -> Any:
-    return getattr(diffusers, f"{name}Scheduler").from_config(tiny.scheduler_config())
+    options = {"skip_prk_steps": True} if name == "PNDM" else {}  # as Stable Diffusion is shipped
+    return getattr(diffusers, f"{name}Scheduler").from_config(tiny.scheduler_config(), **options)
 
 
 def photograph(seed: int = 0) -> torch.Tensor:
@@ -156,7 +162,7 @@ def test_callbacks_see_and_change_the_latents(pipe: Any, name: str) -> None:
     actual, steps = run()
     assert_same_images(actual, expected)
     assert [step[:2] for step in steps] == [step[:2] for step in expected_steps]
-    assert len(steps) == 4
+    assert len(steps) == (5 if name == "PNDM" else 4)  # its first step is two
     for (_, _, ours), (_, _, theirs) in zip(steps, expected_steps):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
@@ -312,12 +318,12 @@ def test_captured_graphs_draw_the_same_images(pipe: Any, compile: bool) -> None:
 
 
 def test_bad_input_is_named_and_changes_nothing(pipe: Any) -> None:
-    pipe.scheduler = diffusers.PNDMScheduler.from_config(tiny.scheduler_config())
-    with pytest.raises(ValueError, match=r"PNDMScheduler has no fused counterpart.*DDIM.*scheduler=False"):
+    pipe.scheduler = diffusers.SASolverScheduler.from_config(tiny.scheduler_config())
+    with pytest.raises(ValueError, match=r"SASolverScheduler has no fused counterpart.*DDIM.*scheduler=False"):
         accelerate(pipe)
-    assert type(pipe.scheduler) is diffusers.PNDMScheduler
+    assert type(pipe.scheduler) is diffusers.SASolverScheduler
     assert pipe.unet.conv_in.weight.is_contiguous()
-    with pytest.raises(ValueError, match="noise_seed needs a fused scheduler, got PNDMScheduler"):
+    with pytest.raises(ValueError, match="noise_seed needs a fused scheduler, got SASolverScheduler"):
         accelerate(pipe, scheduler=False, noise_seed=1)
     with pytest.raises(ValueError, match="compile must be True, False or \"repeated_blocks\", got 'blocks'"):
         accelerate(pipe, scheduler=False, compile="blocks")
@@ -331,8 +337,8 @@ def test_bad_input_is_named_and_changes_nothing(pipe: Any) -> None:
 
 
 def test_a_scheduler_without_counterpart_can_stay(pipe: Any) -> None:
-    pipe.scheduler = diffusers.PNDMScheduler.from_config(tiny.scheduler_config(), skip_prk_steps=True)
+    pipe.scheduler = diffusers.SASolverScheduler.from_config(tiny.scheduler_config())
     expected = draw(pipe)
     accelerate(pipe, scheduler=False)
-    assert type(pipe.scheduler) is diffusers.PNDMScheduler
+    assert type(pipe.scheduler) is diffusers.SASolverScheduler
     assert_same_images(draw(pipe), expected)

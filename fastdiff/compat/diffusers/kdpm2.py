@@ -77,16 +77,13 @@ class _Midpoint(CountedSigmaWalk):
         _, middle = self._middles()
         end, noise = self._ends()
         length = end[1:] - self._host("sigmas")[:-1]
-        with np.errstate(divide="ignore"):
-            slope = length / middle[1:]
         grid = self._grid(np.append(middle, 0.0), self._listed)
-        return [
-            Row(),
-            *(
-                grid.row(i, cx=float(at), c0=-float(at), cz=float(std), history={-1: 1.0})
-                for i, (at, std) in enumerate(zip(slope, noise[1:]), 1)
-            ),
-        ]
+        rows = [Row()]
+        for i in range(1, len(grid)):
+            # the slope as the model's output tells it: (x - x0) / sigma loses digits where sigma is small
+            from_sample, _, from_output = (float(length[i - 1]) * part for part in grid.epsilon(i))
+            rows.append(grid.row(i, cx=from_sample, cm=from_output, cz=float(noise[i]), history={-1: 1.0}))
+        return rows
 
     def _stage(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, noise: Tensor | None = None
