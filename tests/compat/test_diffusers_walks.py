@@ -40,6 +40,12 @@ def test_eps_where_no_signal_is_left(name):
     assert worst(walk(ours, 10), theirs) <= TOLERANCE
 
 
+# alphas_cumprod underflows long before the noisiest timestep, which a walk that starts late never sees
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"])
+def test_a_late_walk_on_a_schedule_without_signal_at_its_start(name):
+    check(name, {"beta_start": 0.1, "beta_end": 2.0, "timestep_spacing": "trailing"}, 10, start=9)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 50])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

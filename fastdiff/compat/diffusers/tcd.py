@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers import TCDScheduler
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, result_dtype
+from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, process_points, result_dtype
 from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.solvers.consistency import tcd
 from fastdiff.solvers.grid import Grid
@@ -25,16 +24,16 @@ class FastTCDScheduler(ForwardNoising, FusedScheduler, TCDScheduler):
     prediction_types = ("epsilon", "sample", "v_prediction")
 
     def _rows(self, eta: float) -> RowTable:
-        alphas_cumprod = self.alphas_cumprod.double().cpu().numpy()
+        alphas, sigmas = process_points(self.alphas_cumprod.double().cpu().numpy())
         following = torch.tensor([*self._listed[1:], 0])
         # in float32, as in the original: the product is rounded before it is cut
-        through = alphas_cumprod[torch.floor((1 - eta) * following).long().numpy()]
-        bar = alphas_cumprod[[*self._listed, 0]]
+        through = torch.floor((1 - eta) * following).long().numpy()
+        points = [*self._listed, 0]
         grid = Grid.from_points(
-            np.sqrt(bar), np.sqrt(1 - bar), self._listed, prediction_type=self.config.prediction_type
+            alphas[points], sigmas[points], self._listed, prediction_type=self.config.prediction_type
         )
-        rows = tcd(grid, eta=eta, through=list(zip(np.sqrt(through).tolist(), np.sqrt(1 - through).tolist())))
-        for row, part in zip(rows, np.sqrt(bar[1:] / through)):
+        rows = tcd(grid, eta=eta, through=list(zip(alphas[through].tolist(), sigmas[through].tolist())))
+        for row, part in zip(rows, alphas[points[1:]] / alphas[through]):
             # what is remembered is the state before it is noised, an output of the step
             row.ux, row.u0, row.um = row.cx / part, row.c0 / part, row.cm / part
         return RowTable(rows, self._listed)
