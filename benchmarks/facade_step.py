@@ -76,6 +76,12 @@ CASES = (
     Case(scheduler="UniPCMultistepScheduler"),
     Case(scheduler="DEISMultistepScheduler"),
     Case(scheduler="EDMDPMSolverMultistepScheduler"),
+    Case(scheduler="PNDMScheduler"),
+    Case(scheduler="PNDMScheduler", config={"skip_prk_steps": True}),
+    Case(scheduler="LMSDiscreteScheduler"),
+    Case(scheduler="KDPM2DiscreteScheduler"),
+    Case(scheduler="KDPM2AncestralDiscreteScheduler"),
+    Case(scheduler="TCDScheduler"),
 )
 
 
