@@ -58,7 +58,7 @@ def tcd(grid: Grid, *, eta: float = 0.3, through: Sequence[Point] | None = None)
         ratio = alpha / alpha_s
         ux, u0, um = grid.epsilon(i)
         direction = ratio * sigma_s
-        std = math.sqrt(max(sigma**2 - direction**2, 0.0)) if alpha_s != alpha else 0.0
+        std = math.sqrt(max(sigma**2 - direction**2, 0.0))
         c0 = alpha + direction * u0
         rows.append(grid.row(i, cx=direction * ux, c0=c0, cm=direction * um, cz=std, draws=std > 0))
     return rows
