@@ -52,13 +52,19 @@ class LatentSpace:
 
 
 def mask_like(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask [B or 1, 1, H, W] of an image at the resolution of its latents: 1 only where every pixel it covers is 1.
+    """A mask [B or 1, 1, *spatial] of an image at the resolution of its latents: 1 only where every pixel it covers is.
 
     What is kept must be known as a whole: a latent that saw a pixel to be painted is painted too.
+
+    Raises:
+        ValueError: a mask of another number of axes than the latents' shape, or of more than three spatial ones.
     """
     if mask.shape[2:] == shape[2:]:
         return mask
-    return -F.adaptive_max_pool2d(-mask.float(), shape[2:])
+    pools = {3: F.adaptive_max_pool1d, 4: F.adaptive_max_pool2d, 5: F.adaptive_max_pool3d}
+    if mask.ndim != len(shape) or mask.ndim not in pools:
+        raise ValueError(f"mask must have as many axes as the latents {list(shape)}, got {list(mask.shape)}")
+    return -pools[mask.ndim](-mask.float(), shape[2:])
 
 
 def _factor(vae: Any, name: str, given: float | None, default: float) -> float:

@@ -114,6 +114,8 @@ class Sampler:
         else:
             if num_inference_steps is None:
                 raise ValueError(f"num_inference_steps is needed with solver {solver!r}")
+            if guidance_rescale and guidance_scale is None:
+                raise ValueError(f"guidance_rescale={guidance_rescale} needs a guidance_scale")
             steps, options = num_inference_steps, dict(solver_options or {})
 
             @functools.lru_cache(maxsize=MAX_TABLES)
@@ -228,6 +230,8 @@ class Sampler:
         for name, value in (("noise", noise), ("init_image", init_image), ("mask", mask), ("known", known)):
             if value is not None:
                 inputs[name] = _like(value, shape, device, name, exact=name != "mask")
+        if table.start[1] == 0 and init_image is None and noise is None:
+            raise ValueError("init_image is needed: the walk of this solver starts from data, not from noise")
         if (mask is None) != (known is None):
             raise ValueError("mask and known go together: one of them is missing")
         if mask is not None and not table.keeps_known:
@@ -281,8 +285,13 @@ class Sampler:
             steps[kinds[i]]()
             if callback is not None:
                 returned = callback(self, i, float(table.columns["t"][i]), {"latents": trajectory.x})
-                latents = (returned or {}).get("latents", trajectory.x)
+                latents = trajectory.x if returned is None else returned.get("latents", trajectory.x)
                 if latents is not trajectory.x:
+                    if latents.shape != trajectory.x.shape:
+                        raise ValueError(
+                            f"callback_on_step_end must return latents of shape {list(trajectory.x.shape)}, "
+                            f"got {list(latents.shape)}"
+                        )
                     trajectory.x.copy_(latents)
                 # it may have changed them in place as well
                 stepper.write_model_input(trajectory, i + 1)
@@ -298,7 +307,7 @@ class Sampler:
     def _device(self, noise: Tensor | None, model_kwargs: Mapping[str, Any]) -> torch.device:
         if self.device is not None:
             return self.device
-        if noise is not None:
+        if isinstance(noise, Tensor):
             return noise.device
         parameters = getattr(self.model, "parameters", None)
         tensors = [] if parameters is None else [next(iter(parameters()), None)]
@@ -354,6 +363,9 @@ def _encoded(
     mask: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A caller's images as latents, and the mask at their resolution."""
+    for name, value in {"init_image": init_image, "known": known, "mask": mask}.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     init_image, known = (
         None if value is None else latent_space.encode(value.to(device)) for value in (init_image, known)
     )

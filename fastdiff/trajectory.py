@@ -244,7 +244,11 @@ class Stepper:
         if not self.guidance_rescale or output is None or uncond is None:
             return None
         conditional = output[:, : trajectory.x.shape[1]].float()
-        ratio = conditional.flatten(1).std(1) / self._guided(trajectory, output, uncond).flatten(1).std(1)
+        # without Bessel's correction, which cancels, and without 0 / 0: a constant output keeps its scale
+        wanted, got = (
+            m.flatten(1).std(1, correction=0) for m in (conditional, self._guided(trajectory, output, uncond))
+        )
+        ratio = torch.where(got > 0, wanted / got, 1.0)
         return 1 - self.guidance_rescale + self.guidance_rescale * ratio
 
     def _threshold(

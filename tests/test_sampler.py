@@ -276,6 +276,13 @@ def test_callback_sees_every_row_and_may_replace_the_latents():
     assert inputs[3].abs().max() > 0
 
 
+def test_latents_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"callback_on_step_end must return latents of shape .*, got \[1\]"):
+        make().sample(SHAPE, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
+    with pytest.raises(TypeError, match="noise must be a tensor, got str"):
+        make().sample(SHAPE, noise="gaussian")
+
+
 def test_latents_changed_in_place_reach_the_model():
     inputs = []
 

@@ -59,7 +59,10 @@ def test_every_solver_in_every_trailing_shape_equals_its_table_in_float64(solver
     image = torch.linspace(-1, 1, math.prod(shape)).view(shape)
     mask = (image > 0).float()
     painted = {"mask": mask, "known": image} if sampler.table.keeps_known else {}
-    got = sampler.sample(shape, seed=11, **painted)
+    start = noise.normal(shape, seed=11, stream="initial")
+    # an inversion starts from what it is given, here from the same
+    given = {"noise": start} if solver == "ddim_inverse" else {}
+    got = sampler.sample(shape, seed=11, **painted, **given)
 
     def step_noise(stream: int, draw: int) -> Tensor:
         return noise.normal(shape, seed=11, stream={0: "initial", 1: "step"}[stream], draw=draw).double()
@@ -70,7 +73,7 @@ def test_every_solver_in_every_trailing_shape_equals_its_table_in_float64(solver
         largest.append(x.abs().max())
         return smooth_model(x, torch.full((shape[0],), t))
 
-    x = noise.normal(shape, seed=11, stream="initial").double() * sampler.table.init_noise_sigma
+    x = start.double() * sampler.table.init_noise_sigma
     want = run_table(sampler.table, model, x, step_noise, **{name: value.double() for name, value in painted.items()})
     # Coefficients are right to half an ulp and a row rounds a few times, 32 ulp of the largest state for each row;
     # sums of history coefficients h, up to 12 here, magnify that.
@@ -248,6 +251,23 @@ def test_guidance_rescale_equals_a_float64_loop(rescale):
     assert (got - x).abs().max() < 1e-4
     with pytest.raises(ValueError, match="guidance_rescale"):
         make(guidance_rescale=1.5)
+    with pytest.raises(ValueError, match=r"guidance_rescale=0\.5 needs a guidance_scale"):
+        make(guidance_rescale=0.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1)], ids=["constant", "one_value"])
+def test_guidance_rescale_leaves_an_output_without_deviation_alone(shape):
+    def model(x: Tensor, t: Tensor, level: Tensor) -> Tensor:
+        return torch.zeros_like(x) + level.view(-1, *[1] * (x.ndim - 1))
+
+    levels = {"model_kwargs": {"level": torch.tensor([0.1, 0.3])}, "uncond_kwargs": {"level": torch.tensor([0.2, 0.1])}}
+    plain, rescaled = (make(model, guidance_scale=2.0, guidance_rescale=rescale) for rescale in (0.0, 0.7))
+    assert torch.equal(rescaled.sample(shape, **levels), plain.sample(shape, **levels))
+
+
+def test_an_inversion_needs_something_to_invert():
+    with pytest.raises(ValueError, match="init_image is needed"):
+        make(solver="ddim_inverse").sample(SHAPE)
 
 
 class Halving:
@@ -298,6 +318,19 @@ def test_a_latent_mask_keeps_only_what_is_known_as_a_whole():
     expected[..., 0, 3] = 0
     assert torch.equal(small, expected)
     assert mask_like(expected, (2, 4, 4, 4)) is expected
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_latent_masks_have_the_axes_of_the_latents(axes):
+    mask = torch.ones(1, 1, *[6] * axes)
+    mask[..., 5] = 0
+    expected = torch.ones(1, 1, *[3] * axes)
+    expected[..., 2] = 0
+    assert torch.equal(mask_like(mask, (2, 4, *[3] * axes)), expected)
+    with pytest.raises(ValueError, match="mask must have as many axes as the latents"):
+        mask_like(mask[0, 0], (2, 4, *[3] * axes))
+    with pytest.raises(TypeError, match="init_image must be a tensor, got ndarray"):
+        make(vae=Halving()).sample((2, 3, 4, 4), init_image=torch.zeros(2, 3, 8, 8).numpy())
 
 
 def test_diffusers_autoencoder_as_the_latent_space():
