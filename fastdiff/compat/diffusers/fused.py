@@ -67,6 +67,11 @@ def _contents(source: Tensor | np.ndarray) -> Hashable:
     return array.dtype.str, array.tobytes()
 
 
+def _version(source: Any) -> int | None:
+    """A number that changes when a tensor is written to, such as `scheduler.sigmas *= 0.9`."""
+    return source._version if isinstance(source, Tensor) and not source.is_inference() else None
+
+
 class FusedScheduler:
     """Comes before diffusers' scheduler among the bases of a façade.
 
@@ -90,7 +95,7 @@ class FusedScheduler:
     _noise_contract: tuple[int | Tensor, Tensor | None] | None = None
     # the tables in use and what they are made of; those of earlier walks, by the contents of the same
     _tables: dict[Hashable, RowTable]
-    _tables_of: Sequence[tuple[str, Any]] = (("timesteps", None),)
+    _tables_of: Sequence[tuple[str, Any, int | None]] = (("timesteps", None, None),)
     _kept: dict[Hashable, dict[Hashable, RowTable]]
     _kept_for: Any = None
 
@@ -147,8 +152,9 @@ class FusedScheduler:
 
     def _table(self, key: Hashable, build: Callable[[], RowTable]) -> RowTable:
         """The table of some options of `step`, built when it is first needed or what it is made of has changed."""
-        for name, source in self._tables_of:
-            if getattr(self, name) is not source:
+        for name, source, version in self._tables_of:
+            current = getattr(self, name)
+            if current is not source or _version(current) != version:
                 self._choose_tables()
                 break
         tables = self._tables
@@ -163,8 +169,9 @@ class FusedScheduler:
         """The tables of the walk that is set now, kept from an earlier one like it if there was one."""
         if self._kept_for is not self.config:
             self._kept, self._kept_for = {}, self.config
-        self._tables_of = [(name, getattr(self, name)) for name in self.row_sources]
-        others = [_contents(source) for name, source in self._tables_of if name != "timesteps"]
+        sources = [(name, getattr(self, name)) for name in self.row_sources]
+        self._tables_of = [(name, source, _version(source)) for name, source in sources]
+        others = [_contents(source) for name, source in sources if name != "timesteps"]
         contents = getattr(self, "num_inference_steps", None), tuple(self._listed), *others
         if contents not in self._kept and len(self._kept) >= MAX_WALKS:
             self._kept.clear()
