@@ -327,6 +327,8 @@ def test_bad_input_is_named_and_changes_nothing(pipe: Any) -> None:
         accelerate(pipe, scheduler=False, noise_seed=1)
     with pytest.raises(ValueError, match="compile must be True, False or \"repeated_blocks\", got 'blocks'"):
         accelerate(pipe, scheduler=False, compile="blocks")
+    with pytest.raises(TypeError, match=r"dtype must be None or a torch\.dtype, got 'float16'"):
+        accelerate(pipe, scheduler=False, dtype="float16")
     with pytest.raises(ValueError, match="compile must be True or False for UNet2DModel"):
         accelerate(tiny.ddpm(), compile="repeated_blocks")
     with pytest.raises(TypeError, match="pipe must be a diffusers pipeline, got UNet2DConditionModel"):

@@ -414,6 +414,9 @@ def test_bad_input_is_named():
         space_timesteps(20, "ddim19")
     with pytest.raises(ValueError, match="section 1 has only 10"):
         space_timesteps(20, [5, 11])
+    for counts in ("ddimx", "5,,5", "", "-5", []):
+        with pytest.raises(ValueError, match="section_counts is"):
+            space_timesteps(20, counts)
     with pytest.raises(ValueError, match="use_timesteps is"):
         SpacedDiffusion([N], betas=BETAS)
     with pytest.raises(ValueError, match="model must return"):

@@ -64,13 +64,15 @@ def accelerate(
     `accelerate` again.
 
     Raises:
-        TypeError: pipe is no diffusers pipeline.
+        TypeError: pipe is no diffusers pipeline, or dtype no torch.dtype.
         ValueError: it has no U-Net; its scheduler has no fused counterpart (name another, or pass scheduler=False) or
             an option its counterpart cannot honour; compile names blocks that the U-Net does not have.
     """
     unet = _unet(pipe)
     if compile not in (True, False, "repeated_blocks"):
         raise ValueError(f'compile must be True, False or "repeated_blocks", got {compile!r}')
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be None or a torch.dtype, got {dtype!r}")
     blocks = _repeated_blocks(unet) if compile == "repeated_blocks" else []
     fast = _fast(pipe.scheduler) if scheduler else pipe.scheduler
     if noise_seed is not None and not isinstance(fast, FusedScheduler):

@@ -22,10 +22,10 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
             An int is one section. "ddimN": N timesteps of an integer stride from 0 (Song et al. 2021, appendix D.2).
 
     Raises:
-        ValueError: a section shorter than its count, or no stride that gives N timesteps.
+        ValueError: no counts in that form, a section shorter than its count, or no stride that gives N timesteps.
     """
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
-        count = int(section_counts.removeprefix("ddim"))
+        (count,) = _counts(section_counts, section_counts.removeprefix("ddim"))
         for stride in range(1, num_timesteps):
             if -(-num_timesteps // stride) == count:
                 return set(range(0, num_timesteps, stride))
@@ -33,9 +33,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
             f"section_counts is {section_counts!r}, but no integer stride takes {count} of {num_timesteps} timesteps"
         )
     if isinstance(section_counts, str):
-        section_counts = [int(count) for count in section_counts.split(",")]
+        section_counts = _counts(section_counts, *section_counts.split(","))
     elif isinstance(section_counts, int):
         section_counts = [section_counts]
+    if not section_counts or min(section_counts) < 0:
+        raise ValueError(f"section_counts is {section_counts}, at least one count and none below 0 is needed")
     size, longer = divmod(num_timesteps, len(section_counts))
     timesteps: set[int] = set()
     start = 0
@@ -50,6 +52,13 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
             position += step
         start += length
     return timesteps
+
+
+def _counts(section_counts: str, *written: str) -> list[int]:
+    try:
+        return [int(count) for count in written]
+    except ValueError:
+        raise ValueError(f"section_counts is {section_counts!r}, accepted are 'ddimN' and 'n1,n2,...'") from None
 
 
 class SpacedDiffusion(GaussianDiffusion):
