@@ -136,6 +136,12 @@ def test_contract_noise_takes_no_generator():
         ours.step(batch(), ours.timesteps[0], batch(), generator=torch.Generator())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True])
+def test_contract_noise_needs_a_seed(seed):
+    with pytest.raises(ValueError, match="seed must be"):
+        ready("DDPMScheduler")[0].use_noise_contract(seed)
+
+
 def test_contract_noise_needs_a_listed_timestep():
     ours, _ = ready("DDIMScheduler", steps=10)
     ours.use_noise_contract(1)

@@ -329,6 +329,20 @@ def test_brownian_tree_is_the_default(name, monkeypatch):
         sampling.BrownianTreeNoiseSampler(x, 0.1, 9.0, seed=[1, 2, 3])
 
 
+def test_the_real_brownian_tree_is_one_path():
+    """torchsde's: unit variance over any interval, and increments of neighbouring ones that add up."""
+    pytest.importorskip("torchsde")
+    x = torch.zeros(4, 3, 16, 16, dtype=torch.float64)
+    tree = sampling.BrownianTreeNoiseSampler(x, 0.1, 9.0, seed=3)
+    ends = [torch.tensor(value, dtype=torch.float64) for value in (8.0, 3.0, 0.5)]
+    first, second, whole = (tree(a, b) * (a - b).sqrt() for a, b in [ends[:2], ends[1:], ends[::2]])
+    # the tree bisects to a tolerance of 1e-6 of its interval
+    torch.testing.assert_close(first + second, whole, atol=1e-2, rtol=0)
+    # five standard errors of 3,072 normals
+    assert abs(tree(*ends[:2]).std().item() - 1) < 5 / math.sqrt(2 * x.numel())
+    assert torch.equal(sampling.BrownianTreeNoiseSampler(x, 0.1, 9.0, seed=3)(*ends[:2]), tree(*ends[:2]))
+
+
 def test_sigmas():
     karras = sampling.get_sigmas_karras(5, 0.1, 10.0, rho=3.0).double()
     expected = [(10 ** (1 / 3) + i / 4 * (0.1 ** (1 / 3) - 10 ** (1 / 3))) ** 3 for i in range(5)]

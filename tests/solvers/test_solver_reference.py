@@ -1,4 +1,4 @@
-"""The five solvers against textbook loops that share no code with them, over whole trajectories in float64."""
+"""Five solvers against textbook loops that share no code with them, over whole trajectories in float64."""
 
 import math
 

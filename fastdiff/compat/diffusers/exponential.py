@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.compat.diffusers.forward_noising import WideNoising
 from fastdiff.compat.diffusers.fused import MultistepScheduler, Timestep
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.dpm import FEW_STEPS
 from fastdiff.solvers.grid import Grid
 
 
-class ExponentialScheduler(MultistepScheduler):
+class ExponentialScheduler(WideNoising, MultistepScheduler):
     """A walk along `sigmas` [n + 1] in the state's own coordinates: alpha² + sigma² = 1, or alpha = 1 - sigma for flow.
 
     The attributes of the original that only its own step reads (`last_sample`, `timestep_list`, `this_order`) stay as
@@ -97,9 +98,3 @@ class ExponentialScheduler(MultistepScheduler):
             return super().index_for_timestep(timestep, schedule_timesteps)
         except IndexError:
             return len(self._listed) - 1
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The original's in float32: in float16 the square of a large sigma is infinite, which left no noise at all."""
-        wide = torch.promote_types(original_samples.dtype, torch.float32)
-        noisy = super().add_noise(original_samples.to(wide), noise.to(wide), timesteps)  # type: ignore[misc]
-        return noisy.to(original_samples.dtype)

@@ -1,4 +1,4 @@
-"""`add_noise` and `get_velocity` of variance-preserving schedulers, right in every dtype."""
+"""`add_noise` and `get_velocity`, right in every dtype."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ import torch
 from torch import Tensor
 
 
+class WideNoising:
+    """The original's `add_noise` in float32, for schedulers that noise by their sigmas.
+
+    In float16 the square of a large sigma is infinite, which left no noise at all; in bfloat16 a state of some tens is
+    rounded to halves before it is whole.
+    """
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The original's, in the dtype of original_samples."""
+        wide = torch.promote_types(original_samples.dtype, torch.float32)
+        noisy = super().add_noise(original_samples.to(wide), noise.to(wide), timesteps)  # type: ignore[misc]
+        return noisy.to(original_samples.dtype)
+
+
 class ForwardNoising:
-    """Forward noising with roots taken in float32.
+    """Forward noising of variance-preserving schedulers with roots taken in float32.
 
     The original casts alphas_cumprod to the sample's dtype first: in bfloat16 the values of the first timesteps round
     to 1, and the noise that is added there to exactly zero. In float32 and float64 the results are the original's.

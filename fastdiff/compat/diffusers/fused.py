@@ -135,7 +135,12 @@ class FusedScheduler:
         Args:
             seed: int in [0, 2^63), int64 [B] with one a sample, or None to go back to generators.
             sample_indices: int64 [B]; 0..B-1 by default.
+
+        Raises:
+            ValueError: a seed that is neither.
         """
+        if not (seed is None or isinstance(seed, Tensor) or (type(seed) is int and 0 <= seed < 2**63)):
+            raise ValueError(f"seed must be an int in [0, 2^63), an int64 tensor or None, got {seed!r}")
         self._noise_contract = None if seed is None else (seed, sample_indices)
 
     def _check_config(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.compat.diffusers.forward_noising import WideNoising
 from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.euler import euler
@@ -30,7 +31,7 @@ def refuse_index(timestep: Timestep) -> None:
         )
 
 
-class SigmaWalk(FusedScheduler):
+class SigmaWalk(WideNoising, FusedScheduler):
     """A walk along `sigmas` [n + 1] at float `timesteps` [n]."""
 
     row_sources: tuple[str, ...] = ("timesteps", "sigmas")
