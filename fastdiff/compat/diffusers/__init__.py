@@ -3,9 +3,9 @@
     pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)
 
 Each `Fast*Scheduler` keeps its original's configuration, timesteps and outputs, and takes a step in one fused pass.
-Whole walks agree with the original's to 1e-5 relative in float32. Where a step magnifies rounding (two or three steps in
-all, orders above 2 with many steps), both are further than that from float64, the fused one mostly less. A timestep that
-is not listed is refused, as by the original, but among timesteps [B] it makes its sample NaN.
+Whole walks agree with the original's to 1e-5 relative in float32. Where a step magnifies rounding (two or three steps
+in all, orders above 2 with many steps), both are further than that from float64, the fused one mostly less. A timestep
+that is not listed is refused, as by the original, but among timesteps [B] it makes its sample NaN.
 
 `accelerate` makes a pipeline fast and `restore` takes it back; `load_diffusers_unet` turns a UNet2DModel into a
 `fastdiff.UNet`, `to_diffusers_unet` and `save_diffusers_unet` go the other way. Names are imported
