@@ -17,7 +17,7 @@ from torch import Tensor
 # Read once: asking the environment takes a microsecond of every call.
 ENABLED = os.environ.get("FASTDIFF_COMPILE_STEP") != "0"
 # Any sizes but 0 and 1, which tracing would take as constants; large, or Inductor would not use several threads.
-_GROUPS, _ELEMENTS = 4, 65536
+_GROUPS, _LENGTH = 4, 4096
 
 
 Graph = Callable[[list[Tensor]], list[Tensor]]
@@ -26,7 +26,7 @@ Graph = Callable[[list[Tensor]], list[Tensor]]
 class CompiledRef:
     """Calls `function`, compiled for its combination of argument kinds; eager where that cannot be.
 
-    Positional arguments are tensors ([G, n], [G], or columns [G or 1, n_columns, 1]), lists of them, None, bools and
+    Positional arguments are tensors ([G, n, lanes], columns [G or 1, n_columns], [G]), lists of them, None, bools and
     dtypes; results are a list of tensors. With FASTDIFF_COMPILE_STEP=0 in the environment, or after a compilation
     failed (one warning says why), the function itself runs.
     """
@@ -74,18 +74,21 @@ def _describe(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Tensor]]:
             tensors.append(item)
             shape = item.shape
             # a single group broadcasts, and half of a wider tensor has a wider stride
-            wider = item.stride(0) != shape[1] if len(shape) == 2 else shape[1:]
-            kinds += (item.dtype, len(shape), shape[0] == 1, wider)
+            last = (shape[2], item.stride(0) != shape[1] * shape[2]) if len(shape) == 3 else shape[1:]
+            kinds += (item.dtype, shape[0] == 1, last)
     return tuple(kinds), tensors
 
 
 def _example(tensor: Tensor) -> Tensor:
-    """A small tensor of the same kind."""
+    """A tensor of the same kind."""
     groups = 1 if tensor.shape[0] == 1 else _GROUPS
-    if tensor.ndim != 2:
+    if tensor.ndim < 3:
         return torch.zeros(groups, *tensor.shape[1:], dtype=tensor.dtype)
-    width = _ELEMENTS if tensor.stride(0) == tensor.shape[1] else 2 * _ELEMENTS
-    return torch.zeros(groups, width, dtype=tensor.dtype)[:, :_ELEMENTS]
+    _, length, lanes = tensor.shape
+    example = torch.zeros(
+        groups, _LENGTH if tensor.stride(0) == length * lanes else 2 * _LENGTH, lanes, dtype=tensor.dtype
+    )
+    return example[:, :_LENGTH]
 
 
 def _compile(function: Callable[..., list[Tensor]], arguments: tuple[Any, ...], tensors: list[Tensor]) -> Graph:
@@ -103,17 +106,14 @@ def _compile(function: Callable[..., list[Tensor]], arguments: tuple[Any, ...], 
 
         return function(*[place(argument) for argument in arguments])
 
-    def traced(**options: Any) -> tuple[torch.fx.GraphModule, list[Any]]:
-        module = make_fx(of_tensors, tracing_mode="symbolic", **options)(*examples)
-        return module, [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-
     examples = [_example(tensor) for tensor in tensors]
     with torch.no_grad():
         try:
-            graph = _without_wrapper(traced)
+            graph = _without_wrapper(of_tensors, examples)
             graph(list(examples))
-        except Exception:  # not a public interface: it may change with any version of torch
-            module, inputs = traced()
+        except Exception:  # not public interfaces: they may change with any version of torch
+            module = make_fx(of_tensors, tracing_mode="symbolic")(*examples)
+            inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
             compiled: Any = inductor_compile(module, inputs)
 
             def graph(tensors: list[Tensor]) -> list[Tensor]:
@@ -124,14 +124,30 @@ def _compile(function: Callable[..., list[Tensor]], arguments: tuple[Any, ...], 
     return graph
 
 
-def _without_wrapper(traced: Callable[..., tuple[torch.fx.GraphModule, list[Any]]]) -> Graph:
-    """Inductor without AOTAutograd, whose wrapper takes as long as a small step: nothing here mutates or aliases."""
-    from torch._guards import TracingContext, detect_fake_mode, tracing
+def _without_wrapper(function: Callable[..., list[Tensor]], examples: list[Tensor]) -> Graph:
+    """Inductor without AOTAutograd, whose wrapper takes as long as a small step: nothing here mutates or aliases.
+
+    Only the number of groups and of vectors vary. With the number of lanes, too, each vector would be asked whether it
+    is the last one, by a division that takes longer than the vector.
+    """
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    module, inputs = traced(decomposition_table=select_decomp_table())
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def stand_in(example: Tensor) -> Tensor:
+        sizes = [DimDynamic.STATIC if size == 1 else DimDynamic.DYNAMIC for size in example.shape]
+        if example.ndim > 1:
+            sizes[-1] = DimDynamic.STATIC
+        return mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    inputs = [stand_in(example) for example in examples]
+    module = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
     # torch 2.11 cannot make a cache key of symbolic sizes and logs a traceback
-    with tracing(TracingContext(detect_fake_mode(inputs))), config.patch(fx_graph_cache=False):
+    with tracing(TracingContext(mode)), config.patch(fx_graph_cache=False):
         return compile_fx_inner(module, inputs)

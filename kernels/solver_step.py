@@ -18,6 +18,7 @@ from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, 
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
 MAX_HISTORY = 5
+LANES = 16
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
 COLUMN = {name: i for i, name in enumerate(FLOAT_COLUMNS)}
 _PM, _CM, _UM, _CZ, _LV = (COLUMN[name] for name in ("pm", "cm", "um", "cz", "lv"))
@@ -118,7 +119,7 @@ def _combine(
     out_dtype: torch.dtype,
     masked: bool,
 ) -> list[Tensor]:
-    """The row in plain PyTorch on tensors [G, ...]; columns are [G or 1, n_columns, 1], threshold is [G].
+    """The row in plain PyTorch on tensors [G, ...]; columns are [G or 1, n_columns], threshold is [G].
 
     masked: what is multiplied by zero may be NaN or infinite.
     """
@@ -167,10 +168,10 @@ def _combine(
 
 
 def _columns(floats: Tensor, row: Tensor) -> Tensor:
-    """[1 or B, n_columns, 1] of the rows, NaN for one out of range."""
+    """[1 or B, n_columns] of the rows, NaN for one out of range."""
     valid = (row >= 0) & (row < floats.shape[0])
     columns = floats.index_select(0, torch.where(valid, row, 0))
-    return torch.where(valid[:, None], columns, torch.nan).unsqueeze(-1)
+    return torch.where(valid[:, None], columns, torch.nan)
 
 
 def solver_step_ref(
@@ -208,7 +209,7 @@ def _dense(value: Tensor) -> bool:
 
 
 class _Flat:
-    """The tensors of a call as [groups, n] over memory, all in the order of the sample's elements.
+    """The tensors of a call as [groups, n / lanes, lanes] over memory, all in the order of the sample's elements.
 
     One group where one row serves the whole batch; a group a sample where rows, thresholds or the halves of a
     learned-variance output lie apart, which needs each sample in one piece: else the tensors are copied.
@@ -224,16 +225,20 @@ class _Flat:
         self.groups = sample.shape[0] if per_sample else 1
         self.n = sample.numel() // self.groups
 
+        # whole vectors, where there are only such, spare the compiled loop a look for the end at every one of them
+        lanes = LANES if self.n % LANES == 0 else 1
+        self.shape, self.steps = (self.groups, self.n // lanes, lanes), (lanes, 1)
+
     def __call__(self, value: Tensor) -> Tensor:
         if value.stride() != self.stride:
             value = torch.empty_like(self.sample, dtype=value.dtype).copy_(value)
-        return value.as_strided((self.groups, self.n), (self.n, 1))
+        return value.as_strided(self.shape, (self.n, *self.steps))
 
     def halves(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Both halves of a [B, 2C, ...] model output; views where its samples are laid out as the sample's."""
         halves = output.chunk(2, 1)
         if halves[0].stride()[1:] == self.stride[1:] and self.sample[0].is_contiguous():
-            first, second = (half.as_strided((self.groups, self.n), (output.stride(0), 1)) for half in halves)
+            first, second = (half.as_strided(self.shape, (output.stride(0), *self.steps)) for half in halves)
             return first, second
         return self(halves[0]), self(halves[1])
 
@@ -269,8 +274,8 @@ def _run(
         index = -1 if masked else int(row)
         if 0 <= index < floats.shape[0]:
             # one row, in the CPU's own memory: what it does not read is left out here instead of in the loop
-            chosen = floats.narrow(0, index, 1)
-            columns, c = chosen.unsqueeze(-1), chosen.tolist()[0]
+            columns = floats.narrow(0, index, 1)
+            c = columns.tolist()[0]
             if not (c[_PM] or c[_CM] or c[_UM]):
                 model = None
             if not (variance is not None and c[_CZ] * c[_LV]):

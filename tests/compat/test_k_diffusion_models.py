@@ -112,7 +112,11 @@ def test_models_of_guided_diffusion(data):
     torch.testing.assert_close(model.sigmas.double(), SIGMAS, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["karras", "soft-min-snr", "snr", torch.sqrt], ids=str)
+@pytest.mark.parametrize(
+    "weighting",
+    ["karras", "soft-min-snr", "snr", torch.sqrt],
+    ids=lambda weighting: getattr(weighting, "__name__", weighting),
+)
 def test_karras_preconditioning(data, weighting):
     x0, eps, sigma = data
     sigma_data = 0.7
