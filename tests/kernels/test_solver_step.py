@@ -1,10 +1,12 @@
 """A row out of place, against the formulas of fastdiff.table in float64, in every layout a caller may bring."""
 
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.kernels import compiled_ref, dispatch
 from fastdiff.kernels import solver_step as module
@@ -204,6 +206,25 @@ def test_inputs_are_left_alone_and_outputs_are_new(device):
     )
     assert all(torch.equal(value, old) for value, old in zip(tensors, before))
     assert len({value.data_ptr() for value in [*tensors, *results]}) == 7
+
+
+def test_it_is_one_operation_for_whoever_watches(device):
+    floats, row = table(3, 0).to(device), torch.tensor([1], device=device)
+    sample, output = random(*SHAPE, seed=1).to(device), random(*SHAPE, seed=2).to(device)
+    with torch.profiler.profile() as profile:
+        solver_step(sample, output, floats, row)
+    assert "fastdiff::solver_step" in [event.key for event in profile.key_averages()]
+
+    class Names(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Names():
+        solver_step(sample, output, floats, row)
+    assert Names.seen == ["fastdiff.solver_step.default"]
 
 
 def test_opcheck(device):
