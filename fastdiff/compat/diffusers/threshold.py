@@ -15,7 +15,8 @@ def _dynamic_threshold_op(
     sample: Tensor, model_output: Tensor, floats: Tensor, row: Tensor, ratio: float, limit: float
 ) -> Tensor:
     # a row out of range poisons its sample in the step itself
-    px, pm = floats.index_select(0, row.clamp(0, len(floats) - 1))[:, [_PX, _PM]].unbind(1)
+    rows = floats.index_select(0, row.clamp(0, len(floats) - 1))
+    px, pm = rows[:, _PX], rows[:, _PM]  # not by a list, which would be copied to the device at every step
     state, output = sample.flatten(1), model_output[:, : sample.shape[1]].flatten(1)
     size = px[:, None] * state.to(floats.dtype) + pm[:, None] * output.to(floats.dtype)
     # The interpolated quantile from the few largest values: torch.quantile sorts all and takes three times as long.
