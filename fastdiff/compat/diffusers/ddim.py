@@ -14,7 +14,9 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, process_points, result_dtype
+from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, result_dtype
+from fastdiff.compat.diffusers.process_grid import process_grid
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.grid import Grid
@@ -76,19 +78,11 @@ class StrideScheduler(FusedScheduler):
         self, solver: Callable[[Grid], list[Row]], start: FloatArray, end: FloatArray, timesteps: Sequence[int]
     ) -> list[Row]:
         """Rows from alphas_cumprod start[i] to end[i]: one grid for each run of steps that follow on one another."""
-        config = self.config
-        clips = config.clip_sample and not getattr(config, "thresholding", False)
         cuts = [0, *(i for i in range(1, len(start)) if end[i - 1] != start[i]), len(start)]
         rows: list[Row] = []
         for first, last in itertools.pairwise(cuts):
             bar = np.append(start[first:last], end[last - 1])
-            grid = Grid.from_points(
-                *process_points(bar),
-                timesteps[first:last],
-                prediction_type=config.prediction_type,
-                clip_sample=config.clip_sample_range if clips else None,
-            )
-            rows += solver(grid)
+            rows += solver(process_grid(bar, timesteps[first:last], self.config))
         return rows
 
 

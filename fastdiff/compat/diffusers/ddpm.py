@@ -10,15 +10,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import (
-    NO_SIGNAL,
-    FusedScheduler,
-    RowTable,
-    Timestep,
-    process_points,
-    result_dtype,
-)
-from fastdiff.solvers.grid import Grid
+from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, result_dtype
+from fastdiff.compat.diffusers.process_grid import NO_SIGNAL, process_grid
+from fastdiff.compat.diffusers.row_table import RowTable
 
 # diffusers clamps the posterior's variance from below, and so has noise of this variance on a last step with t > 0
 MIN_VARIANCE = 1e-20
@@ -48,20 +42,13 @@ class FastDDPMScheduler(ForwardNoising, FusedScheduler, DDPMScheduler):
         levels[levels == 0] = NO_SIGNAL
         # Of a beta of 1e-4 float32 leaves three digits. The images are the original's with those, not with better ones.
         betas = (1 - levels[:-1] / levels[1:]).tolist()
-        alpha, sigma = process_points(levels.double().numpy())
-        grid = Grid.from_points(
-            alpha,
-            sigma,
-            self._listed,
-            prediction_type=config.prediction_type,
-            clip_sample=config.clip_sample_range if config.clip_sample and not config.thresholding else None,
-        )
-        variance = (sigma**2).tolist()
+        grid = process_grid(levels.double().numpy(), self._listed, config)
+        variance = (grid.sigma**2).tolist()
         rows = []
         for i, (t, beta) in enumerate(zip(self._listed, betas)):
             # equations 6 and 7 of Ho et al. 2020
             share = variance[i + 1] / variance[i]
-            row = grid.row(i, cx=math.sqrt(1 - beta) * share, c0=float(alpha[i + 1]) * beta / variance[i])
+            row = grid.row(i, cx=math.sqrt(1 - beta) * share, c0=float(grid.alpha[i + 1]) * beta / variance[i])
             rows.append(row)
             if t <= 0:
                 continue

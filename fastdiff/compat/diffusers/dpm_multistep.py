@@ -3,16 +3,15 @@ step."""
 
 from __future__ import annotations
 
-import dataclasses
-
-import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fastdiff.compat.diffusers.edm import edm_grid
 from fastdiff.compat.diffusers.exponential import ExponentialScheduler
-from fastdiff.compat.diffusers.fused import RowTable, Timestep, result_dtype
+from fastdiff.compat.diffusers.fused import Timestep, result_dtype
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.solvers import dpm
 from fastdiff.solvers.grid import Grid
 from fastdiff.table import Row
@@ -115,13 +114,7 @@ class FastEDMDPMSolverMultistepScheduler(_Multistep, EDMDPMSolverMultistepSchedu
         self._check_order(3)
 
     def _grid(self, begin: int) -> Grid:
-        level, sigma_data = self._levels(begin), self.config.sigma_data
-        points = np.ones_like(level), level, self._listed[begin:]
-        grid = Grid.from_points(*points, prediction_type="edm", sigma_data=sigma_data)
-        if self.config.prediction_type == "epsilon":
-            return grid
-        # diffusers' EDM v-prediction is the same preconditioning with the sign of c_out turned
-        return dataclasses.replace(grid, x0_from=grid.x0_from * np.array([1.0, -1.0]))
+        return edm_grid(self._levels(begin), self._listed[begin:], self.config)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
         """sample * c_in of the step to take."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ from fastdiff.prediction import FloatArray
 from fastdiff.solvers.grid import Grid
 
 
+def edm_grid(sigma: FloatArray, timesteps: Sequence[float], config: Any) -> Grid:
+    """The grid over sigma [n + 1] at timesteps [n] of a model with EDM's preconditioning, by its configuration."""
+    grid = Grid.from_points(np.ones_like(sigma), sigma, timesteps, prediction_type="edm", sigma_data=config.sigma_data)
+    if config.prediction_type == "epsilon":
+        return grid
+    # diffusers' EDM v-prediction is the same preconditioning with the sign of c_out turned
+    return dataclasses.replace(grid, x0_from=grid.x0_from * np.array([1.0, -1.0]))
+
+
 class FastEDMEulerScheduler(ChurnedEuler, EDMEulerScheduler):
     """`EDMEulerScheduler` whose `step` also takes a timestep [B], one a sample. With s_churn a step that adds noise is
     two ops."""
@@ -24,12 +34,7 @@ class FastEDMEulerScheduler(ChurnedEuler, EDMEulerScheduler):
     prediction_types = ("epsilon", "v_prediction")
 
     def _grid(self, sigma: FloatArray, timesteps: Sequence[float]) -> Grid:
-        sigma_data = self.config.sigma_data
-        grid = Grid.from_points(np.ones_like(sigma), sigma, timesteps, prediction_type="edm", sigma_data=sigma_data)
-        if self.config.prediction_type == "epsilon":
-            return grid
-        # diffusers' EDM v-prediction is the same preconditioning with the sign of c_out turned
-        return dataclasses.replace(grid, x0_from=grid.x0_from * np.array([1.0, -1.0]))
+        return edm_grid(sigma, timesteps, self.config)
 
     def step(
         self,

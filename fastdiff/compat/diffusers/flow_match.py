@@ -10,7 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable
+from fastdiff.compat.diffusers.fused import FusedScheduler
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.compat.diffusers.sigma_walk import refuse_index
 from fastdiff.table import Row
 

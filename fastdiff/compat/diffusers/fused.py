@@ -23,13 +23,10 @@ from fastdiff.compat.diffusers.row_table import Finder, RowTable
 from fastdiff.compat.diffusers.threshold import dynamic_threshold
 from fastdiff.kernels.solver_step import solver_step
 from fastdiff.noise import normal
-from fastdiff.prediction import FloatArray
 from fastdiff.table import Row
 
 MAX_TABLES = 16
 MAX_WALKS = 16
-# stands for alphas_cumprod = 0: its square root's inverse times a sample is still a float32
-NO_SIGNAL = 1e-36
 Timestep = int | float | Tensor
 
 
@@ -38,16 +35,6 @@ def result_dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
     if sample.dtype == model_output.dtype:
         return sample.dtype
     return torch.promote_types(sample.dtype, model_output.dtype)
-
-
-def process_points(alphas_cumprod: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """alpha and sigma at values of alphas_cumprod.
-
-    Where that is 0 and a model predicts eps, the originals divide by 0, and clipping to a range brings the infinities
-    back to its ends. So it does with an alpha this small, and the table has a row there.
-    """
-    bar = np.where(alphas_cumprod == 0, NO_SIGNAL, alphas_cumprod)
-    return np.sqrt(bar), np.sqrt(1 - bar)
 
 
 def _checking(init: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,8 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerO
 from torch import Tensor
 
 from fastdiff.compat.diffusers.euler import vp_input_grid
-from fastdiff.compat.diffusers.fused import RowTable, Timestep, result_dtype
+from fastdiff.compat.diffusers.fused import Timestep, result_dtype
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.compat.diffusers.sigma_walk import CountedSigmaWalk
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.euler import euler

@@ -11,9 +11,10 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep, process_points, result_dtype
+from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, result_dtype
+from fastdiff.compat.diffusers.process_grid import process_grid
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.solvers.consistency import lcm
-from fastdiff.solvers.grid import Grid
 
 
 class FastLCMScheduler(ForwardNoising, FusedScheduler, LCMScheduler):
@@ -23,16 +24,10 @@ class FastLCMScheduler(ForwardNoising, FusedScheduler, LCMScheduler):
     prediction_types = ("epsilon", "sample", "v_prediction")
 
     def _rows(self) -> RowTable:
-        config = self.config
         # the last row keeps the denoised sample
         bar = np.append(self.alphas_cumprod.double().cpu().numpy()[self._listed], 1.0)
-        grid = Grid.from_points(
-            *process_points(bar),
-            self._listed,
-            prediction_type=config.prediction_type,
-            clip_sample=config.clip_sample_range if config.clip_sample and not config.thresholding else None,
-        )
-        rows = lcm(grid, timestep_scaling=config.timestep_scaling)
+        grid = process_grid(bar, self._listed, self.config)
+        rows = lcm(grid, timestep_scaling=self.config.timestep_scaling)
         for row in rows:
             # what is remembered is the consistency function itself, an output of the step
             row.ux, row.u0 = self.get_scalings_for_boundary_condition_discrete(row.t)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import WideNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, RowTable, Timestep
+from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep
+from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.prediction import FloatArray
 from fastdiff.solvers.euler import euler
 from fastdiff.solvers.grid import Grid

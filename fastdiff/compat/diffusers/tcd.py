@@ -8,7 +8,8 @@ from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
 from fastdiff.compat.diffusers.forward_noising import ForwardNoising
-from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, process_points, result_dtype
+from fastdiff.compat.diffusers.fused import FusedScheduler, Timestep, result_dtype
+from fastdiff.compat.diffusers.process_grid import process_points
 from fastdiff.compat.diffusers.row_table import RowTable
 from fastdiff.solvers.consistency import tcd
 from fastdiff.solvers.grid import Grid
