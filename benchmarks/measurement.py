@@ -1,0 +1,159 @@
+"""How long a call takes: repeated calls, all samples kept, medians with the 10th and 90th percentile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+MIN_REPEATS, MAX_REPEATS = 5, 200
+# a call longer than the whole budget is repeated this often all the same
+MIN_REPEATS_OF_LONG_CALLS = 3
+WARM_UP_SHARE = 0.25
+MAX_WARM_UPS = 10
+# more than the largest L2 cache (126 MB); filling it also keeps the device busy while the host enqueues the call
+FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Times of successive calls.
+
+    Attributes:
+        samples_ms: milliseconds of each, in their order.
+        images: made by a call, None where the word means nothing.
+        peak_memory_mib: the most that tensors held on a GPU during the calls, None on a CPU.
+    """
+
+    samples_ms: Sequence[float]
+    images: int | None = None
+    peak_memory_mib: float | None = None
+
+    @property
+    def median_ms(self) -> float:
+        return float(np.median(self.samples_ms))
+
+    def figures(self) -> dict[str, Any]:
+        """The entries of `benchmarks.suite.Figures` that follow from the samples."""
+        low, high = np.percentile(self.samples_ms, [10, 90])
+        figures: dict[str, Any] = {
+            "ms": self.median_ms,
+            "low_ms": float(low),
+            "high_ms": float(high),
+            "samples_ms": [float(f"{sample:.5g}") for sample in self.samples_ms],
+        }
+        if self.images is not None:
+            figures["images_per_s"] = 1e3 * self.images / self.median_ms
+        if self.peak_memory_mib is not None:
+            figures["peak_memory_mib"] = self.peak_memory_mib
+        return figures
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_once(call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> float:
+    """Milliseconds of one call, host work included: the device is idle when it begins and again when it ends."""
+    if before is not None:
+        before()
+    synchronize(device)
+    if device.type != "cuda":
+        started = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - started)
+    return _between_events(call)
+
+
+def _warm_up(once: Callable[[], float], seconds: float) -> None:
+    started = time.perf_counter()
+    for _ in range(MAX_WARM_UPS):
+        once()
+        if time.perf_counter() - started > WARM_UP_SHARE * seconds:
+            break
+
+
+def _enough(repeats: int, started: float, seconds: float) -> bool:
+    spent = time.perf_counter() - started
+    least = MIN_REPEATS_OF_LONG_CALLS if spent > 2 * seconds else MIN_REPEATS
+    return repeats >= MAX_REPEATS or (repeats >= least and spent >= seconds)
+
+
+def measure(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    seconds: float,
+    before: Callable[[], object] | None = None,
+    images: int | None = None,
+) -> Measurement:
+    """Time a call again and again for about `seconds`, after a warm-up.
+
+    `before` runs ahead of each call and outside its time. On CUDA events around the call measure it, with
+    synchronisation before and after, so the host's part of it counts.
+    """
+
+    def once() -> float:
+        return time_once(call, device, before)
+
+    _warm_up(once, seconds)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    samples: list[float] = []
+    started = time.perf_counter()
+    while not _enough(len(samples), started, seconds):
+        samples.append(once())
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None
+    return Measurement(samples_ms=samples, images=images, peak_memory_mib=peak)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, divide: int = 1
+) -> dict[str, Measurement]:
+    """Time several short calls in turns, so that what drifts meets all alike; `seconds` for each of them.
+
+    Before each call of a GPU its L2 cache is flushed. The flush is still running while the host enqueues the call, so
+    the host's part of a short call does not count. The order of the turns alternates. Samples are divided by `divide`,
+    the number of equal pieces of work in a call.
+    """
+    flush = _flusher(device)
+    for call in calls.values():
+        _warm_up(lambda call=call: time_once(call, device, flush), seconds)  # type: ignore[misc]
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    started, turns = time.perf_counter(), 0
+    while not _enough(turns, started, seconds * len(calls)):
+        for name in list(calls) if turns % 2 else reversed(calls):
+            samples[name].append(_time_behind(flush, calls[name], device) / divide)
+        turns += 1
+    return {name: Measurement(samples_ms=taken) for name, taken in samples.items()}
+
+
+def _flusher(device: torch.device) -> Callable[[], object] | None:
+    if device.type != "cuda":
+        return None
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_
+
+
+def _time_behind(flush: Callable[[], object] | None, call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call that is enqueued behind the flush, without a pause of the device between the two."""
+    if flush is None:
+        return time_once(call, device)
+    synchronize(device)
+    flush()
+    return _between_events(call)
+
+
+def _between_events(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
