@@ -7,9 +7,265 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.kernels.checks import FLOAT_DTYPES, check_tensor
-from fastdiff.kernels.layout import is_channels_last
+from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
+from fastdiff.kernels.group_norm_plan import MAX_GROUP, choose_plan, multiprocessors_of
+from fastdiff.kernels.group_tile import affine, load_row, silu_of, spread_groups, sum_groups
+from fastdiff.kernels.layout import empty, is_channels_last, sample_extent
 
 _DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
+@triton.jit
+def _group_norm_kernel(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    channel_bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    positions,
+    stride_xb,
+    stride_cb,
+    stride_scale,
+    stride_shift,
+    eps,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One pass: all positions of a program's groups are in its tile."""
+    b = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
+    lane, row = tl.arange(0, LANES), tl.arange(0, ROWS)
+    channel = block * (GROUPS * GROUP) + lane
+    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
+    keep = (row < positions)[:, None] & present[None, :]
+    offset = row[:, None] * CHANNELS + channel[None, :]
+    x = tl.load(x_ptr + b * stride_xb + offset, mask=keep, other=0.0).to(tl.float32)
+    if channel_bias_ptr is not None:
+        x += load_row(channel_bias_ptr + b * stride_cb, channel, present)[None, :]
+        x = tl.where(keep, x, 0.0)
+
+    count = (positions * GROUP).to(tl.float32)
+    mean = sum_groups(tl.sum(x, 0), GROUP, GROUPS, GROUPS_PADDED, LANES) / count
+    deviation = x - spread_groups(mean, GROUP, GROUPS, GROUPS_PADDED, LANES)[None, :]
+    deviation = tl.where(keep, deviation, 0.0)
+    m2 = sum_groups(tl.sum(deviation * deviation, 0), GROUP, GROUPS, GROUPS_PADDED, LANES)
+    rstd = tl.rsqrt(m2 / count + eps)
+
+    factor, offset_z = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, stride_scale, stride_shift, channel, present
+    )
+    factor *= spread_groups(rstd, GROUP, GROUPS, GROUPS_PADDED, LANES)
+    z = tl.fma(deviation, factor[None, :], offset_z[None, :])
+    y = silu_of(z) if SILU else z
+    tl.store(y_ptr + b * positions * CHANNELS + offset, y.to(y_ptr.dtype.element_ty), mask=keep)
+    in_block = tl.arange(0, GROUPS_PADDED)
+    group = block * GROUPS + in_block
+    owned = (in_block < GROUPS) & (group < CHANNELS // GROUP)
+    tl.store(mean_ptr + b * (CHANNELS // GROUP) + group, mean, mask=owned)
+    tl.store(rstd_ptr + b * (CHANNELS // GROUP) + group, rstd, mask=owned)
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr,
+    channel_bias_ptr,
+    moments_ptr,
+    positions,
+    chunks,
+    stride_xb,
+    stride_cb,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Mean and sum of squares around it of each group in a chunk of positions, [B, chunks, 2, groups]."""
+    b = (tl.program_id(0) // (chunks * BLOCKS)).to(tl.int64)
+    chunk = tl.program_id(0) // BLOCKS % chunks
+    block = tl.program_id(0) % BLOCKS
+    lane, row = tl.arange(0, LANES), chunk * (ROWS * STEPS) + tl.arange(0, ROWS)
+    channel = block * (GROUPS * GROUP) + lane
+    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
+    x_ptr += b * stride_xb
+    # every element of the tile keeps the moments of what passed it (Welford): no shift that an outlier could spoil
+    mean = tl.zeros([ROWS, LANES], tl.float32)
+    m2 = tl.zeros([ROWS, LANES], tl.float32)
+    if channel_bias_ptr is not None:
+        shift = load_row(channel_bias_ptr + b * stride_cb, channel, present)[None, :]
+    for step in range(STEPS):
+        inside = row + step * ROWS < positions
+        keep = inside[:, None] & present[None, :]
+        offset = (row + step * ROWS)[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(x_ptr + offset, mask=keep, other=0.0).to(tl.float32)
+        if channel_bias_ptr is not None:
+            x += shift
+        delta = tl.where(inside[:, None], x - mean, 0.0)
+        mean = tl.fma(delta, 1.0 / (step + 1.0), mean)
+        m2 = tl.fma(delta, x - mean, m2)
+    # Chan: the moments of all elements around the mean of their group
+    count = tl.minimum(tl.maximum((positions - row + ROWS - 1) // ROWS, 0), STEPS).to(tl.float32)[:, None]
+    n = (tl.minimum(positions - chunk * (ROWS * STEPS), ROWS * STEPS) * GROUP).to(tl.float32)
+    group_mean = sum_groups(tl.sum(mean * count, 0), GROUP, GROUPS, GROUPS_PADDED, LANES) / n
+    delta = mean - spread_groups(group_mean, GROUP, GROUPS, GROUPS_PADDED, LANES)[None, :]
+    m2 += count * delta * delta
+    group_m2 = sum_groups(tl.sum(m2, 0), GROUP, GROUPS, GROUPS_PADDED, LANES)
+    in_block = tl.arange(0, GROUPS_PADDED)
+    group = block * GROUPS + in_block
+    owned = (in_block < GROUPS) & (group < CHANNELS // GROUP)
+    moments_ptr += (b * chunks + chunk) * (2 * (CHANNELS // GROUP))
+    tl.store(moments_ptr + group, group_mean, mask=owned)
+    tl.store(moments_ptr + CHANNELS // GROUP + group, group_m2, mask=owned)
+
+
+@triton.jit
+def _normalise_kernel(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    channel_bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    moments_ptr,
+    mean_ptr,
+    rstd_ptr,
+    positions,
+    chunks,
+    stride_xb,
+    stride_cb,
+    stride_scale,
+    stride_shift,
+    eps,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """The second pass: combines the chunks' moments (Chan et al. 1979), normalises one chunk."""
+    # from the end: what the first pass read last is still in the cache
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = (program // (chunks * BLOCKS)).to(tl.int64)
+    chunk = program // BLOCKS % chunks
+    block = program % BLOCKS
+    n_groups: tl.constexpr = CHANNELS // GROUP
+    in_block = tl.arange(0, GROUPS_PADDED)
+    group = block * GROUPS + in_block
+    owned = (in_block < GROUPS) & (group < n_groups)
+    other = tl.arange(0, CHUNKS_PADDED)
+    moments_ptr += b * chunks * (2 * n_groups) + (other * (2 * n_groups))[:, None] + group[None, :]
+    means = tl.load(moments_ptr, mask=(other < chunks)[:, None] & owned[None, :], other=0.0)
+    m2s = tl.load(moments_ptr + n_groups, mask=(other < chunks)[:, None] & owned[None, :], other=0.0)
+    rows = tl.minimum(tl.maximum(positions - other * (ROWS * STEPS), 0), ROWS * STEPS).to(tl.float32)[:, None]
+    mean = tl.sum(means * rows, 0) / positions
+    delta = means - mean[None, :]
+    variance = tl.sum(m2s + delta * delta * (rows * GROUP), 0) / (positions * GROUP).to(tl.float32)
+    rstd = tl.rsqrt(variance + eps)
+    if chunk == 0:
+        tl.store(mean_ptr + b * n_groups + group, mean, mask=owned)
+        tl.store(rstd_ptr + b * n_groups + group, rstd, mask=owned)
+
+    lane, row = tl.arange(0, LANES), chunk * (ROWS * STEPS) + tl.arange(0, ROWS)
+    channel = block * (GROUPS * GROUP) + lane
+    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
+    centre = spread_groups(mean, GROUP, GROUPS, GROUPS_PADDED, LANES)
+    if channel_bias_ptr is not None:
+        centre -= load_row(channel_bias_ptr + b * stride_cb, channel, present)
+    factor, offset_z = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, stride_scale, stride_shift, channel, present
+    )
+    factor *= spread_groups(rstd, GROUP, GROUPS, GROUPS_PADDED, LANES)
+    for step in range(STEPS):
+        keep = (row + step * ROWS < positions)[:, None] & present[None, :]
+        offset = (row + step * ROWS)[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(x_ptr + b * stride_xb + offset, mask=keep, other=0.0).to(tl.float32)
+        z = tl.fma(x - centre[None, :], factor[None, :], offset_z[None, :])
+        y = silu_of(z) if SILU else z
+        tl.store(y_ptr + b * positions * CHANNELS + offset, y.to(y_ptr.dtype.element_ty), mask=keep)
+
+
+def rows_of(value: Tensor | None) -> tuple[Tensor | None, int]:
+    """A [C] or [B, C] tensor with dense rows, and the distance of its rows."""
+    if value is None:
+        return None, 0
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        value = value.contiguous()
+    return value, value.stride(0) if value.ndim == 2 else 0
+
+
+@torch.library.custom_op("fastdiff::group_norm_silu", mutates_args=())
+def _group_norm_silu_op(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, positions = sample_extent(x.shape)
+    y = empty(x.shape, x.dtype, x.device, channels_last=True)
+    mean, rstd = (torch.empty((batch, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel() == 0:
+        return y, mean.fill_(0), rstd.fill_(0)
+    if not is_channels_last(x):
+        x = empty(x.shape, x.dtype, x.device, channels_last=True).copy_(x)
+    plan = choose_plan(batch, positions, channels, num_groups, x.element_size(), multiprocessors_of(x.device))
+    (channel_bias, stride_cb), (scale, stride_scale), (shift, stride_shift) = map(rows_of, (channel_bias, scale, shift))
+    rows = (weight.contiguous(), bias.contiguous(), channel_bias, scale, shift)
+    strides = (x.stride(0), stride_cb, stride_scale, stride_shift)
+    tile = {
+        "CHANNELS": channels,
+        "GROUP": channels // num_groups,
+        "GROUPS": plan.groups,
+        "GROUPS_PADDED": triton.next_power_of_2(plan.groups),
+        "BLOCKS": plan.blocks,
+        "ROWS": plan.rows,
+        "LANES": plan.lanes,
+        "num_warps": plan.num_warps,
+        **LAUNCH_OPTIONS,
+    }
+    with device_guard(x):
+        if plan.one_pass:
+            _group_norm_kernel[(batch * plan.blocks,)](
+                x, y, *rows, mean, rstd, positions, *strides, eps, SILU=silu, **tile
+            )
+        else:
+            grid, tile["STEPS"] = (batch * plan.chunks * plan.blocks,), plan.steps
+            moments = torch.empty((batch, plan.chunks, 2, num_groups), dtype=torch.float32, device=x.device)
+            _moments_kernel[grid](x, channel_bias, moments, positions, plan.chunks, *strides[:2], **tile)
+            tile["CHUNKS_PADDED"] = triton.next_power_of_2(plan.chunks)
+            _normalise_kernel[grid](
+                x, y, *rows, moments, mean, rstd, positions, plan.chunks, *strides, eps, SILU=silu, **tile
+            )
+    return y, mean, rstd
+
+
+@_group_norm_silu_op.register_fake
+def _(x, num_groups, weight, bias, eps, channel_bias, scale, shift, silu):
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    return empty(x.shape, x.dtype, x.device, channels_last=True), mean, rstd
 
 
 def _per_channel(value: Tensor, ndim: int) -> Tensor:
@@ -79,6 +335,9 @@ def group_norm_silu(
         TypeError, ValueError: an argument of another type, shape, dtype or device than the above.
     """
     _check(x, num_groups, weight, bias, eps, channel_bias, scale, shift)
+    runs = use_triton(x) and x.dtype in FLOAT_DTYPES and x.shape[1] // num_groups <= MAX_GROUP
+    if runs and is_channels_last(x):
+        return _group_norm_silu_op(x, num_groups, weight, bias, eps, channel_bias, scale, shift, silu)[0]
     return group_norm_silu_ref(
         x, num_groups, weight, bias, eps, channel_bias=channel_bias, scale=scale, shift=shift, silu=silu
     )

@@ -1,0 +1,136 @@
+"""How a group normalisation is laid out over programs: the one place that decides it, in plain Python.
+
+A program owns whole groups of one sample, so that no sum crosses programs, and walks tiles [rows, channels] of its
+channels-last memory. Either one program holds all positions of its groups in registers (one pass: one read, one
+write), or the positions are split into chunks, of which a first kernel takes the sums and a second one writes the
+result (two passes: two reads, one write).
+
+The rule:
+1. One pass wherever a tile can hold the plane and rows of memory are worth reading: where the programs fill the chip, a
+   row of a program must span a 32-byte sector, or several programs would fetch the same one; where they do not, 16
+   bytes do. A second launch costs more than the idle multiprocessors of a small batch, so idle ones are no reason to
+   split a plane that fits: its groups are spread over more and narrower programs instead.
+2. Of the numbers of groups a program may own, the one that fills the chip best, then wastes fewest lanes to padding,
+   then reads full 128-byte lines, then makes the smallest tile.
+3. Else two passes, with as many chunks as give every multiprocessor 16 programs, at most 32.
+
+The batch takes part in it, so a sample's last bits may differ between batch sizes. They never depend on the other
+samples of the batch, and a plan gives the same bits every time.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+# Elements of a tile that stay in registers without spilling, at 16 warps.
+MAX_TILE = 16384
+# A tile of the two-pass kernels, small enough for several programs on a multiprocessor.
+SPLIT_TILE = 4096
+SPLIT_LANES = 128
+MAX_CHUNKS = 32
+PROGRAMS_PER_MULTIPROCESSOR = 16
+# An H200, for launches that are planned without a device.
+DEFAULT_MULTIPROCESSORS = 132
+# Channels of a group beyond which no tile holds a row of them.
+MAX_GROUP = SPLIT_TILE
+SECTOR, LINE = 32, 128  # bytes that memory hands out at least, and of a cache line
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Programs of one launch, each with `steps` tiles [rows, lanes] one after the other.
+
+    Attributes:
+        one_pass: a program sees all positions of its groups at once; else `chunks` programs share them.
+        groups: groups that a program owns.
+        lanes: their channels, padded to a power of two.
+        blocks: programs side by side that cover all groups.
+        chunks: programs that share the positions of a sample.
+    """
+
+    one_pass: bool
+    groups: int
+    lanes: int
+    blocks: int
+    rows: int
+    steps: int
+    chunks: int
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=None)
+def choose_plan(
+    batch: int,
+    positions: int,
+    channels: int,
+    num_groups: int,
+    itemsize: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    max_tile: int = MAX_TILE,
+) -> Plan:
+    """The plan for [batch, channels, positions] of `itemsize` bytes an element; see the rule above."""
+    widths = _widths(channels, num_groups, itemsize)
+    rows = _power_of_two(positions)
+
+    def cost(width: _Width) -> tuple[int, float, int, int]:
+        idle = max(0, multiprocessors - batch * width.blocks)
+        return idle, width.fetched_lanes, -min(width.row_bytes, LINE), width.lanes
+
+    fitting = [width for width in widths if rows * width.lanes <= max_tile]
+    if fitting:
+        best = min(fitting, key=cost)
+        if best.row_bytes >= SECTOR or batch * best.blocks <= multiprocessors:
+            return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, _num_warps(rows * best.lanes))
+
+    narrow = [width for width in widths if width.lanes <= SPLIT_LANES] or widths[:1]
+    best = min(narrow, key=lambda width: (width.fetched_lanes, -width.lanes))
+    rows = SPLIT_TILE // best.lanes
+    tiles = -(-positions // rows)
+    chunks = min(MAX_CHUNKS, tiles, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (batch * best.blocks)))
+    steps = -(-tiles // chunks)
+    chunks = -(-tiles // steps)
+    return Plan(False, best.groups, best.lanes, best.blocks, rows, steps, chunks, _num_warps(SPLIT_TILE))
+
+
+@functools.lru_cache(maxsize=None)
+def multiprocessors_of(device: torch.device) -> int:
+    """How many the device has; those of an H200 where there is none."""
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Width(NamedTuple):
+    """A number of groups that a program may own."""
+
+    groups: int
+    lanes: int
+    blocks: int
+    row_bytes: int
+
+    @property
+    def fetched_lanes(self) -> float:
+        """Lanes of all blocks, as many times as each sector of memory is fetched."""
+        return self.blocks * self.lanes * max(1.0, SECTOR / self.row_bytes)
+
+
+def _widths(channels: int, num_groups: int, itemsize: int) -> list[_Width]:
+    """All of them, in ascending order; only those whose rows start on 16 bytes, for wide accesses, where any do."""
+    group = channels // num_groups
+    widths = [
+        _Width(groups, _power_of_two(groups * group), -(-num_groups // groups), groups * group * itemsize)
+        for groups in range(1, num_groups + 1)
+    ]
+    return [width for width in widths if channels * itemsize % 16 == 0 and width.row_bytes % 16 == 0] or widths
+
+
+def _num_warps(tile: int) -> int:
+    """16 elements a thread, 32 in the largest tiles."""
+    return max(1, min(16, tile // 512))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
