@@ -6,8 +6,8 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,10 +25,41 @@ class EMA(Generic[Model]):
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
+    def weight(self, updates: int) -> float:
+        """The share of the model in the average that follows after `updates` updates: 1 - decay."""
+        return 1 - min(self.decay, (1 + updates) / (10 + updates))
+
     @torch.no_grad()
-    def update(self, model: Model, updates: int) -> None:
-        """Move towards `model` after `updates` earlier updates; buffers are copied."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), updates)
-        for average, current in zip(self.model.buffers(), model.buffers()):
-            average.copy_(current)
+    def update(self, model: Model, weight: Tensor) -> None:
+        """Move towards `model` by `weight`, a float32 scalar on its device; buffers are copied."""
+        averages, current = list(self.model.parameters()), list(model.parameters())
+        (descend_ if weight.is_cuda else lerp_)(averages, current, weight)
+        for average, buffer in zip(self.model.buffers(), model.buffers()):
+            average.copy_(buffer)
+
+
+def lerp_(averages: list[Tensor], current: list[Tensor], weight: Tensor) -> None:
+    """averages += weight * (current - averages), in place."""
+    torch._foreach_lerp_(averages, current, [weight] * len(averages))
+
+
+def descend_(averages: list[Tensor], current: list[Tensor], weight: Tensor) -> None:
+    """The same to a rounding, a few launches and one pass over memory on a GPU.
+
+    There lerp takes a weight on the device for one tensor at a time only. A step of gradient descent on
+    |averages|^2 / 2 - averages * current with `weight` as its rate is the same, and that one is fused.
+    """
+    sgd(
+        averages,
+        current,  # maximised: their sign is turned
+        [None] * len(averages),
+        fused=True,
+        foreach=False,
+        has_sparse_grad=False,
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,  # type: ignore[arg-type]  # only torch 2.15 says that it may be a tensor
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+    )
