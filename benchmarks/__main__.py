@@ -19,7 +19,10 @@ from benchmarks.runner import DeviceLost, Outcome, Runner
 from benchmarks.suite import SECTIONS, Row
 
 MODULES = {
-    section: f"benchmarks.{section.removesuffix('s') if section == 'kernels' else section}_rows" for section in SECTIONS
+    "kernels": "benchmarks.kernel_rows",
+    "unet": "benchmarks.unet_rows",
+    "sampling": "benchmarks.sampling_rows",
+    "training": "benchmarks.training_rows",
 }
 
 
