@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 MODES = ("default", "max-autotune")
+COMPILE_CHOICES = (True, False, "max-autotune", "repeated_blocks")
 # Dynamo gives up on a function after 8 shapes; blocks that repeat through a network easily have more.
 RECOMPILE_LIMIT = 64
 
@@ -74,6 +75,26 @@ class CompiledOrEager:
             return result
 
 
+class CudnnBenchmarked:
+    """Calls a compiled model while cuDNN may time its algorithms for each new shape of a convolution."""
+
+    def __init__(self, compiled: CompiledOrEager) -> None:
+        self._compiled = compiled
+
+    @property
+    def compile_seconds(self) -> float:
+        """As of CompiledOrEager."""
+        return self._compiled.compile_seconds
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            return self._compiled(*args, **kwargs)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks that a model says it is built of, by the names of their classes in `model._repeated_blocks`.
 
@@ -124,3 +145,18 @@ def _sharing_copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         for name in ("_parameters", "_buffers"):
             twin.__dict__[name] = module.__dict__[name]
     return made[id(module)]
+
+
+def compiled(model: Callable[..., Any], choice: bool | str, device: torch.device) -> Callable[..., Any]:
+    """`model` compiled for inference on a device, as one of COMPILE_CHOICES but False says.
+
+    "max-autotune": with Inductor's and cuDNN's timing of candidates. "repeated_blocks": block by block.
+    """
+    if choice == "repeated_blocks":
+        if not isinstance(model, nn.Module):
+            raise ValueError(f'compile="repeated_blocks" needs an nn.Module, got {type(model).__name__}')
+        return BlockwiseCompiled(model, **compile_options(device))
+    if choice == "max-autotune":
+        whole = CompiledOrEager(model, **compile_options(device, mode="max-autotune"))
+        return CudnnBenchmarked(whole) if device.type == "cuda" else whole
+    return CompiledOrEager(model, **compile_options(device))

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff import solvers
-from fastdiff.compilation import CompiledOrEager
+from fastdiff.compilation import COMPILE_CHOICES, compiled
 from fastdiff.cuda_graph import GraphCache
 from fastdiff.device import existing_device
 from fastdiff.kernels.layout import empty
@@ -61,8 +61,13 @@ class Sampler:
         dtype: None runs the model in its own dtype, another one means autocast.
         device: where to sample; by default that of the noise, else of the model's first parameter, else of the first
             tensor in model_kwargs, else the CPU.
-        compile: run the model through torch.compile with static shapes.
+        compile: True runs the model through torch.compile with static shapes; "max-autotune" also lets it time its
+            candidates for matrix products, convolutions and pointwise kernels (minutes; other processes may choose
+            others, so that the last bits of images may differ between them); "repeated_blocks" compiles only the blocks
+            that a large model repeats, in a fraction of the time. `compile_seconds` tells what the compiler took.
         cuda_graph: replay each row as a captured CUDA graph: "auto" (on CUDA), True (an error elsewhere) or False.
+        micro_batch_size: the largest batch the model is called with, guided halves counted; None: any. For batches
+            whose activations exceed the memory, or the cache. A divisor of the batch compiles one shape only.
 
     A sampler keeps no state between calls but captured graphs, guarded by locks: several threads may use it.
 
@@ -89,8 +94,9 @@ class Sampler:
         vae: Any = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         cuda_graph: bool | str = "auto",
+        micro_batch_size: int | None = None,
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
@@ -102,6 +108,10 @@ class Sampler:
             raise TypeError(f"model must be callable as model(x, t, **model_kwargs), got {type(model).__name__}")
         if cuda_graph not in (True, False, "auto"):
             raise ValueError(f'cuda_graph must be True, False or "auto", got {cuda_graph!r}')
+        if compile not in COMPILE_CHOICES:
+            raise ValueError(f"compile must be one of {', '.join(map(repr, COMPILE_CHOICES))}, got {compile!r}")
+        if micro_batch_size is not None and (type(micro_batch_size) is not int or micro_batch_size < 1):
+            raise ValueError(f"micro_batch_size must be None or an integer of at least 1, got {micro_batch_size!r}")
         if dynamic_threshold is not None and not 0 < dynamic_threshold < 1:
             raise ValueError(f"dynamic_threshold must be a quantile in (0, 1), got {dynamic_threshold}")
         if not 0 <= guidance_rescale <= 1:
@@ -146,7 +156,8 @@ class Sampler:
         self.dtype = dtype
         self.device = None if device is None else existing_device(device)
         self.cuda_graph = cuda_graph
-        self._call_model = CompiledOrEager(model) if compile else model
+        self.micro_batch_size = micro_batch_size
+        self._call_model = model if compile is False else compiled(model, compile, self._device(None, {}))
         self._packed = functools.lru_cache(maxsize=MAX_TABLES)(PackedTable.of)
         self._graphs: GraphCache[Trajectory] = GraphCache()
         parameters = getattr(model, "parameters", None)
@@ -156,6 +167,11 @@ class Sampler:
             raise ValueError(
                 f"dtype float32 is no autocast of a {self._own_dtype} model: convert the model with .float()"
             )
+
+    @property
+    def compile_seconds(self) -> float:
+        """What the calls that compiled took so far, each with one run of the model; 0 without `compile`."""
+        return getattr(self._call_model, "compile_seconds", 0.0)
 
     @torch.no_grad()
     def sample(
@@ -250,6 +266,8 @@ class Sampler:
             guidance_rescale=self.guidance_rescale,
             cond_fn=cond_fn,
             arguments=arguments,
+            time_modulation=getattr(self.model, "time_modulation", None),
+            micro_batch_size=self.micro_batch_size,
         )
         # a graph bakes in what is no tensor: two calls must be told apart by it
         if not self._captures(device) or cond_fn is not None or not is_plain(arguments):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from fastdiff import noise as noise_contract
 from fastdiff.kernels.device_table import FLOAT_COLUMNS, DeviceTable
 from fastdiff.kernels.layout import empty
 from fastdiff.kernels.p_sample import p_sample_
-from fastdiff.model_arguments import with_tensors
+from fastdiff.model_arguments import tensors_of, with_tensors, without_tensors
 from fastdiff.table import StepTable
 
 ConditionFunction = Callable[..., Tensor]
+TimeModulation = Callable[..., Tensor]
+# what the modulations of all rows may take; above that every step computes its own
+MAX_MODULATION_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Trajectory:
     x: [B, C, *spatial] float32, channels-last. model_input: the same in the model's dtype, [2B, ...] for guidance
     ([uncond; cond]), or x itself where they would be equal. history: [K, B, C, *spatial] float32. row: int32 [B].
     inputs: what the caller gave, by name; model arguments as "cond.PATH" and, for guided rows, "guided.PATH".
+    modulations: by the same prefix, [R, 1 or the batch of the call, M], what the model makes of each row's timestep.
     """
 
     x: Tensor
@@ -62,6 +66,7 @@ class Trajectory:
     history: Tensor | None
     row: Tensor
     inputs: dict[str, Tensor]
+    modulations: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,9 @@ class Stepper:
         guidance_rescale: share of the guided output's standard deviation that is the conditional one's.
         cond_fn: gradient of a condition's logarithmic likelihood, called with what the model gets.
         arguments: the model's keyword arguments, with a `TensorAt` for each tensor of the trajectory's inputs.
+        time_modulation: the model's method of this name (`fastdiff.UNet.time_modulation`), None where it has none: what
+            depends on the timestep alone is then computed for all rows before the first.
+        micro_batch_size: largest batch of a model call, None for any.
     """
 
     table: StepTable
@@ -87,6 +95,8 @@ class Stepper:
     guidance_rescale: float
     cond_fn: ConditionFunction | None
     arguments: dict[str, Any]
+    time_modulation: TimeModulation | None = None
+    micro_batch_size: int | None = None
 
     @property
     def kinds(self) -> list[RowKind]:
@@ -128,6 +138,30 @@ class Stepper:
             torch.mul(noise, self.table.init_noise_sigma, out=x)
         trajectory.row.zero_()
         self.write_model_input(trajectory, 0)
+        self._write_modulations(trajectory)
+
+    def _write_modulations(self, trajectory: Trajectory) -> None:
+        """What the model makes of the timesteps of all rows, for each kind of call."""
+        if self.time_modulation is None:
+            return
+        for prefix in dict.fromkeys("guided." if kind.guided else "cond." for kind in self.kinds if kind.evaluates):
+            labels = trajectory.inputs.get(f"{prefix}class_labels")
+            count = 1 if labels is None else labels.shape[0]
+            first = self._modulation(self.packed.timesteps[:1], None if labels is None else labels[:1])
+            rows = self.packed.timesteps.shape[0]
+            if rows * count * first.nbytes > MAX_MODULATION_BYTES:
+                continue
+            t = self.packed.timesteps.repeat_interleave(count)
+            made = self._modulation(t, None if labels is None else labels.repeat(rows)).unflatten(0, (rows, count))
+            # a captured step reads them where they were first
+            kept = trajectory.modulations.setdefault(prefix, made)
+            if kept is not made:
+                kept.copy_(made)
+
+    def _modulation(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.time_modulation is not None
+        with self._autocast():
+            return self.time_modulation(t, labels)
 
     def write_model_input(self, trajectory: Trajectory, row: int) -> None:
         """The model's input of row `row` from the state, where no kernel has written it."""
@@ -178,8 +212,14 @@ class Stepper:
             t = t.repeat(2)
         else:
             model_input = self._conditional_half(trajectory)
+        prefix = "guided." if kind.guided else "cond."
+        arguments = self._arguments(trajectory, prefix)
+        if prefix in trajectory.modulations:
+            # all samples of a trajectory are at the same row
+            modulation = trajectory.modulations[prefix].index_select(0, trajectory.row[:1])[0]
+            arguments["modulation"] = modulation.expand(model_input.shape[0], -1)
         with self._autocast():
-            output = self.model(model_input, t, **self._arguments(trajectory, "guided." if kind.guided else "cond."))
+            output = self._call_model(model_input, t, arguments)
         output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor or an object with one as .sample, got {type(output).__name__}")
@@ -189,6 +229,22 @@ class Stepper:
         if list(output.shape) not in accepted:
             raise ValueError(f"model must return a tensor of shape {accepted[0]}, got {list(output.shape)}")
         return output
+
+    def _call_model(self, model_input: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
+        """One call, or one for each micro-batch: then the tensors that have a row for each sample are cut like it."""
+        batch, size = model_input.shape[0], self.micro_batch_size
+        if size is None or batch <= size:
+            return self.model(model_input, t, **arguments)
+        outputs = []
+        for start in range(0, batch, size):
+            part = slice(start, start + size)
+            cut = {
+                path: value[part] if value.ndim and value.shape[0] == batch else value
+                for path, value in tensors_of(arguments).items()
+            }
+            output = self.model(model_input[part], t[part], **with_tensors(without_tensors(arguments), cut))
+            outputs.append(output if isinstance(output, Tensor) else output.sample)
+        return torch.cat(outputs)
 
     def _conditional_half(self, trajectory: Trajectory) -> Tensor:
         # in a guided table the conditional half is the second one

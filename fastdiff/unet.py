@@ -7,6 +7,7 @@ image synthesis" (ADM).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ __all__ = ["PRESETS", "UNet", "UNetConfig"]
 class UNetLayer(nn.Module):
     """One residual block, then self-attention and cross-attention where the configuration has them.
 
-    `forward(x, embedding, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W].
+    `forward(x, modulation, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W]; modulation is
+    that of the residual block.
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
@@ -49,8 +51,8 @@ class UNetLayer(nn.Module):
                 out_channels, config.cross_attention_dim, num_heads=num_heads, num_groups=num_groups, eps=eps
             )
 
-    def forward(self, x: Tensor, embedding: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
-        x = self.resnet(x, embedding)
+    def forward(self, x: Tensor, modulation: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+        x = self.resnet(x, modulation)
         if self.attention is not None:
             x = self.attention(x)
         if self.cross_attention is not None:
@@ -61,8 +63,8 @@ class UNetLayer(nn.Module):
 class DownBlock(nn.Module):
     """The layers of one resolution on the way down, then the downsampling that leaves it (None at the last).
 
-    `forward(x, embedding, encoder_hidden_states)` -> the output of every layer and of the downsampling, in order: each
-    is a skip connection, and the last goes on.
+    `forward(x, modulations, encoder_hidden_states)` -> the output of every layer and of the downsampling, in order:
+    each is a skip connection, and the last goes on. Takes a modulation for each of its residual blocks.
     """
 
     def __init__(self, layers: list[UNetLayer], downsample: nn.Module | None) -> None:
@@ -70,20 +72,20 @@ class DownBlock(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, embedding: Tensor, encoder_hidden_states: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, modulations: Iterator[Tensor], encoder_hidden_states: Tensor | None) -> list[Tensor]:
         outputs = []
         for layer in self.layers:
-            x = layer(x, embedding, encoder_hidden_states)
+            x = layer(x, next(modulations), encoder_hidden_states)
             outputs.append(x)
         if self.downsample is not None:
-            outputs.append(self.downsample(x, embedding))
+            outputs.append(_resampled(self.downsample, x, modulations))
         return outputs
 
 
 class UpBlock(nn.Module):
     """The layers of one resolution on the way up, each fed one skip, then the upsampling (None at the last).
 
-    `forward(x, skips, embedding, encoder_hidden_states)` -> Tensor; takes what it needs off the end of `skips`.
+    `forward(x, skips, modulations, encoder_hidden_states)` -> Tensor; takes what it needs off the end of `skips`.
     """
 
     def __init__(self, layers: list[UNetLayer], upsample: nn.Module | None) -> None:
@@ -92,11 +94,19 @@ class UpBlock(nn.Module):
         self.upsample = upsample
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], embedding: Tensor, encoder_hidden_states: Tensor | None
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        modulations: Iterator[Tensor],
+        encoder_hidden_states: Tensor | None,
     ) -> Tensor:
         for layer in self.layers:
-            x = layer(torch.cat([x, skips.pop()], dim=1), embedding, encoder_hidden_states)
-        return x if self.upsample is None else self.upsample(x, embedding)
+            x = layer(torch.cat([x, skips.pop()], dim=1), next(modulations), encoder_hidden_states)
+        return x if self.upsample is None else _resampled(self.upsample, x, modulations)
+
+
+def _resampled(module: nn.Module, x: Tensor, modulations: Iterator[Tensor]) -> Tensor:
+    return module(x, next(modulations)) if isinstance(module, ResidualBlock) else module(x)
 
 
 class UNet(nn.Module):
@@ -104,6 +114,9 @@ class UNet(nn.Module):
 
     `null_class`: the label that means "no class" (num_classes), or None for a model without it.
     """
+
+    # for fastdiff.compilation.repeated_blocks
+    _repeated_blocks = ("UNetLayer",)
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -178,6 +191,7 @@ class UNet(nn.Module):
         class_labels: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         condition: Tensor | None = None,
+        modulation: Tensor | None = None,
     ) -> Tensor:
         """Predict from the noisy images x [B, in_channels, H, W] at timesteps t [B] (integer or floating).
 
@@ -186,6 +200,8 @@ class UNet(nn.Module):
         GPU that would synchronise the host with the device.
         encoder_hidden_states: [B, S, cross_attention_dim]; needed exactly when the model has cross-attention.
         condition: [B, condition_channels, H, W] of any float dtype; needed exactly when the model has such channels.
+        modulation: [B, modulation_channels], `time_modulation(t, class_labels)` computed before; t and class_labels are
+        then not read.
         H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
 
         Returns [B, out_channels, H, W], channels-last, in the dtype of the weights (or of autocast). Raises ValueError
@@ -193,26 +209,61 @@ class UNet(nn.Module):
         """
         self._validate_inputs(x, t, class_labels, encoder_hidden_states)
         self._validate_condition(x, condition)
+        if modulation is None:
+            embedding = self._embedding(t, class_labels)
+            modulations = iter([block.modulation(embedding) for block in self._residual_blocks()])
+        else:
+            if modulation.shape != (x.shape[0], self.modulation_channels):
+                expected = [x.shape[0], self.modulation_channels]
+                raise ValueError(f"modulation must have shape {expected}, got {list(modulation.shape)}")
+            sizes = [block.modulation_channels for block in self._residual_blocks()]
+            modulations = iter(modulation.split(sizes, dim=1))
+        if condition is not None:
+            x = torch.cat([x, condition.to(x.dtype)], dim=1)
+        skips = [self.conv_in(x)]
+        for block in self.down_blocks:
+            skips += block(skips[-1], modulations, encoder_hidden_states)
+        h = skips[-1]
+        for layer in self.mid_layers:
+            h = layer(h, next(modulations), encoder_hidden_states)
+        for block in self.up_blocks:
+            h = block(h, skips, modulations, encoder_hidden_states)
+        return self.conv_out(self.norm_out(h))
+
+    @property
+    def modulation_channels(self) -> int:
+        """Channels of `time_modulation`."""
+        return sum(block.modulation_channels for block in self._residual_blocks())
+
+    def time_modulation(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """All that the network makes of timesteps t [N] and class_labels [N]: [N, modulation_channels].
+
+        It does not depend on the images: a sampler asks for all its steps at once, and `forward` takes a step's part.
+        """
+        embedding = self._embedding(t, class_labels)
+        return torch.cat([block.modulation(embedding) for block in self._residual_blocks()], dim=1)
+
+    def _embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """[N, 4 * model_channels], with the SiLU that every residual block starts with: once is enough."""
         embedding = self.time_embedding(t)
         if self.class_embedding is not None:
             if class_labels is None:
                 embedding = embedding + self.class_embedding.weight[-1]
             else:
                 embedding = embedding + self.class_embedding(class_labels)
-        # Every residual block starts with this SiLU: once is enough.
-        embedding = F.silu(embedding)  # [B, 4 * model_channels]
+        return F.silu(embedding)
 
-        if condition is not None:
-            x = torch.cat([x, condition.to(x.dtype)], dim=1)
-        skips = [self.conv_in(x)]
-        for block in self.down_blocks:
-            skips += block(skips[-1], embedding, encoder_hidden_states)
-        h = skips[-1]
-        for layer in self.mid_layers:
-            h = layer(h, embedding, encoder_hidden_states)
-        for block in self.up_blocks:
-            h = block(h, skips, embedding, encoder_hidden_states)
-        return self.conv_out(self.norm_out(h))
+    def _residual_blocks(self) -> Iterator[ResidualBlock]:
+        """In the order in which they run."""
+        for down in self.down_blocks:
+            yield from (layer.resnet for layer in down.layers)
+            if isinstance(down.downsample, ResidualBlock):
+                yield down.downsample
+        yield from (layer.resnet for layer in self.mid_layers)
+        for up in self.up_blocks:
+            yield from (layer.resnet for layer in up.layers)
+            if isinstance(up.upsample, ResidualBlock):
+                yield up.upsample
 
     def _validate_inputs(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None, encoder_hidden_states: Tensor | None

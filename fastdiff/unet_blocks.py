@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.kernels.group_norm import group_norm_silu
+
 MAX_PERIOD = 10_000.0
 
 
@@ -48,8 +50,9 @@ class TimestepEmbedding(nn.Module):
 class GroupNormSiLU(nn.Module):
     """GroupNorm, then an optional scale-shift, then SiLU: `silu(group_norm(x + bias) * (1 + scale) + shift)`.
 
-    `forward(x, bias=None, scale=None, shift=None)`: x [B, C, H, W]; bias, scale and shift [B, C]; scale and shift come
-    together. Returns [B, C, H, W] in x's dtype and memory format. `silu=False` leaves the activation out.
+    `forward(x, bias=None, scale=None, shift=None)`: x [B, C, H, W]; bias [C] or [B, C], scale and shift [B, C]; these
+    two come together. Returns [B, C, H, W] in x's dtype and memory format, on a GPU in one operation. `silu=False`
+    leaves the activation out.
     """
 
     def __init__(self, num_groups: int, num_channels: int, *, eps: float, silu: bool = True) -> None:
@@ -63,18 +66,17 @@ class GroupNormSiLU(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        if bias is not None:
-            x = x + bias[:, :, None, None]
-        y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        if scale is not None and shift is not None:
-            y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        if self.silu:
-            y = F.silu(y)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            # The CUDA kernel of torch returns NCHW for channels-last inputs; elsewhere this is no copy.
-            y = y.contiguous(memory_format=torch.channels_last)
-        # Autocast may have normalised in float32; the residual stream keeps its dtype.
-        return y.to(x.dtype)
+        return group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            channel_bias=bias,
+            scale=scale,
+            shift=shift,
+            silu=self.silu,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.weight.numel()}, eps={self.eps}, silu={self.silu}"
@@ -90,8 +92,9 @@ def resize(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input (DDPM, appendix B).
 
-    `forward(x, embedding)`: x [B, in_channels, H, W], embedding [B, embedding_channels] with its SiLU already applied
-    -> [B, out_channels, H, W], or half or double the size with `resample`.
+    `forward(x, modulation)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double the size with
+    `resample`. `modulation(embedding)`: embedding [B, embedding_channels] with its SiLU already applied -> [B, M], with
+    M = `modulation_channels`; it does not depend on x, so that it can be had for all timesteps at once.
 
     With `use_scale_shift_norm` the embedding scales and shifts the second norm (ADM, "adaptive group normalization")
     instead of being added before it. The second conv starts at zero, so that the block starts as its shortcut.
@@ -114,7 +117,8 @@ class ResidualBlock(nn.Module):
         self.resample = resample
         self.norm1 = GroupNormSiLU(num_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_channels, out_channels * (2 if use_scale_shift_norm else 1))
+        self.modulation_channels = out_channels * (2 if use_scale_shift_norm else 1)
+        self.time_emb_proj = nn.Linear(embedding_channels, self.modulation_channels)
         self.norm2 = GroupNormSiLU(num_groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
@@ -122,15 +126,25 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def modulation(self, embedding: Tensor) -> Tensor:
+        """[B, M]: what the second norm gets from the embedding: scale and shift, or what is added before it.
+
+        The first conv leaves its bias to the norm, which adds it in the same pass: where something is added anyway, the
+        bias is in here.
+        """
+        modulation = self.time_emb_proj(embedding)
+        bias = None if self.use_scale_shift_norm else _left_bias(self.conv1)
+        return modulation if bias is None else modulation + bias
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         h = self.norm1(x)
         if self.resample is not None:
             h, x = resize(h, self.resample), resize(x, self.resample)
-        h = self.conv1(h)
-        modulation = self.time_emb_proj(embedding)
+        bias = _left_bias(self.conv1)
+        h = self.conv1(h) if bias is None else F.conv2d(h, self.conv1.weight, padding=1)
         if self.use_scale_shift_norm:
             scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            h = self.norm2(h, bias=bias, scale=scale, shift=shift)
         else:
             h = self.norm2(h, bias=modulation)
         h = self.conv2(self.dropout(h))
@@ -183,9 +197,8 @@ class CrossAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided 3x3 conv.
 
-    `forward(x, embedding)`: x [B, C, H, W] -> [B, C, H/2, W/2]; the embedding is unused, so that a ResidualBlock can
-    take this place. `padding=0` pads right and bottom only, as the TensorFlow code of DDPM does ("SAME"); 1 pads all
-    four sides.
+    `forward(x)`: x [B, C, H, W] -> [B, C, H/2, W/2]. `padding=0` pads right and bottom only, as the TensorFlow code of
+    DDPM does ("SAME"); 1 pads all four sides.
     """
 
     def __init__(self, channels: int, *, padding: int) -> None:
@@ -193,21 +206,21 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
         self.pad_right_bottom = padding == 0
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_right_bottom else x)
 
 
 class Upsample(nn.Module):
     """Double height and width by nearest neighbour, then a 3x3 conv.
 
-    `forward(x, embedding)`: x [B, C, H, W] -> [B, C, 2H, 2W]; the embedding is unused, as in Downsample.
+    `forward(x)`: x [B, C, H, W] -> [B, C, 2H, 2W].
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(resize(x, "up"))
 
 
@@ -219,6 +232,15 @@ def to_tokens(x: Tensor) -> Tensor:
 def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
     """[B, H*W, C] -> channels-last [B, C, H, W] with the height and width of `like`; a view."""
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _left_bias(conv: nn.Module) -> Tensor | None:
+    """The bias that a conv leaves to the norm after it; None where the conv must be called as it is.
+
+    That is where somebody watches the conv with hooks or has put another module in its place, an adapter for one.
+    """
+    plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
+    return conv.bias if plain else None
 
 
 def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:

@@ -336,3 +336,40 @@ def test_forward_rejects(name: str, value: Tensor | None, message: str) -> None:
 def test_a_condition_the_model_does_not_have_is_an_error(field: str, argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be None for a model without .*{field}=None"):
         make_unet(**{field: None})(**make_inputs())
+
+
+@pytest.mark.parametrize("watched", ["hook", "adapter"])
+def test_first_conv_is_called_where_somebody_watches_or_replaces_it(unet: UNet, watched: str) -> None:
+    """Elsewhere its bias goes to the norm and the module is passed over."""
+    seen = []
+
+    class Adapter(torch.nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return super().forward(x)
+
+    inputs = make_inputs()
+    expected = unet(**inputs)
+    block = unet.down_blocks[0].layers[0].resnet
+    if watched == "hook":
+        block.conv1.register_forward_hook(lambda module, args, output: seen.append(output))
+    else:
+        adapter = Adapter(block.conv1.in_channels, block.conv1.out_channels, 3, padding=1)
+        adapter.load_state_dict(block.conv1.state_dict())
+        block.conv1 = adapter
+    # the bias is added before or after the rounding of another sum
+    torch.testing.assert_close(unet(**inputs), expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+
+
+def test_modulation_computed_before_gives_the_same(unet: UNet) -> None:
+    inputs = make_inputs()
+    modulation = unet.time_modulation(inputs["t"], inputs["class_labels"])
+    assert modulation.shape == (3, unet.modulation_channels)
+    expected = unet(**inputs)
+    # t and the labels are not read then
+    given = {**inputs, "t": inputs["t"] * 0, "class_labels": inputs["class_labels"] * 0, "modulation": modulation}
+    assert torch.equal(unet(**given), expected)
+    wanted = [3, unet.modulation_channels]
+    with pytest.raises(ValueError, match=re.escape(f"modulation must have shape {wanted}, got [1, 5]")):
+        unet(**inputs, modulation=torch.zeros(1, 5))
