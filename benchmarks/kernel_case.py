@@ -172,7 +172,7 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
             except Exception as failure:  # one contender's: the others are timed all the same
                 found[name] = failure
         seconds = QUICK_SECONDS if context.quick else SECONDS
-        measured = interleave(calls, device, seconds=seconds, divide=len(sets))
+        measured = interleave(calls, device, seconds=seconds, divide=len(sets), probe=context.probe)
     least = floors(case, context.ceilings, instructions_per_element(case.cost, _capability(device)))
     for name, measurement in measured.items():
         figures = found[name]

@@ -1,4 +1,8 @@
-"""How long a call takes: repeated calls, all samples kept, medians with the 10th and 90th percentile."""
+"""How long a call takes: repeated calls, all samples kept, medians with the 10th and 90th percentile.
+
+Between the calls a fixed piece of work, the probe, is timed: two runs whose probes differ were made on a machine in two
+states, which `benchmarks.compare` takes into account.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-MIN_REPEATS, MAX_REPEATS = 5, 200
+MIN_REPEATS, MAX_REPEATS, MAX_TURNS = 5, 500, 100
 # a call longer than the whole budget is repeated this often all the same
 MIN_REPEATS_OF_LONG_CALLS = 3
 WARM_UP_SHARE = 0.25
 MAX_WARM_UPS = 10
+PROBE_SHARE, PROBES_IN_ROW = 0.1, 10
+PROBE_SIZE, PROBE_BYTES = {"cuda": 4096, "cpu": 256}, {"cuda": 64 * 2**20, "cpu": 2 * 2**20}
 # more than the largest L2 cache (126 MB); filling it also keeps the device busy while the host enqueues the call
 FLUSH_BYTES = 256 * 2**20
 
@@ -25,11 +31,13 @@ class Measurement:
 
     Attributes:
         samples_ms: milliseconds of each, in their order.
+        probe_ms: of the probe, in between.
         images: made by a call, None where the word means nothing.
         peak_memory_mib: the most that tensors held on a GPU during the calls, None on a CPU.
     """
 
     samples_ms: Sequence[float]
+    probe_ms: Sequence[float] = ()
     images: int | None = None
     peak_memory_mib: float | None = None
 
@@ -46,11 +54,35 @@ class Measurement:
             "high_ms": float(high),
             "samples_ms": [float(f"{sample:.5g}") for sample in self.samples_ms],
         }
+        if self.probe_ms:
+            figures["probe_ms"] = [float(f"{sample:.5g}") for sample in self.probe_ms]
         if self.images is not None:
             figures["images_per_s"] = 1e3 * self.images / self.median_ms
         if self.peak_memory_mib is not None:
             figures["peak_memory_mib"] = self.peak_memory_mib
         return figures
+
+
+class Probe:
+    """A matrix product and a copy: always the same work, for what a device can do at the moment.
+
+    Attributes:
+        memory_mib: what its tensors take.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        kind = device.type
+        dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+        self._a, self._b = (torch.randn(PROBE_SIZE[kind], PROBE_SIZE[kind], device=device).to(dtype) for _ in range(2))
+        self._product = torch.empty_like(self._a)
+        self._source = torch.randn(PROBE_BYTES[kind] // 4, device=device)
+        self._copy = torch.empty_like(self._source)
+        tensors = self._a, self._b, self._product, self._source, self._copy
+        self.memory_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+    def __call__(self) -> None:
+        torch.mm(self._a, self._b, out=self._product)
+        self._copy.copy_(self._source)
 
 
 def synchronize(device: torch.device) -> None:
@@ -79,10 +111,10 @@ def _warm_up(once: Callable[[], float], seconds: float) -> None:
             break
 
 
-def _enough(repeats: int, started: float, seconds: float) -> bool:
+def _enough(repeats: int, most: int, started: float, seconds: float) -> bool:
     spent = time.perf_counter() - started
     least = MIN_REPEATS_OF_LONG_CALLS if spent > 2 * seconds else MIN_REPEATS
-    return repeats >= MAX_REPEATS or (repeats >= least and spent >= seconds)
+    return repeats >= most or (repeats >= least and spent >= seconds)
 
 
 def measure(
@@ -92,47 +124,69 @@ def measure(
     seconds: float,
     before: Callable[[], object] | None = None,
     images: int | None = None,
+    probe: Probe | None = None,
 ) -> Measurement:
     """Time a call again and again for about `seconds`, after a warm-up.
 
     `before` runs ahead of each call and outside its time. On CUDA events around the call measure it, with
-    synchronisation before and after, so the host's part of it counts.
+    synchronisation before and after, so the host's part of it counts. The probe takes a tenth of the time.
     """
 
     def once() -> float:
         return time_once(call, device, before)
 
     _warm_up(once, seconds)
+    if probe is not None:
+        time_once(probe, device)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     samples: list[float] = []
+    probes: list[float] = []
+    total = probed = 0.0
     started = time.perf_counter()
-    while not _enough(len(samples), started, seconds):
+    while not _enough(len(samples), MAX_REPEATS, started, seconds):
         samples.append(once())
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None
-    return Measurement(samples_ms=samples, images=images, peak_memory_mib=peak)
+        total += samples[-1]
+        for _ in range(PROBES_IN_ROW if probe is not None else 0):
+            if probed > PROBE_SHARE * total:
+                break
+            probes.append(time_once(probe, device))  # type: ignore[arg-type]
+            probed += probes[-1]
+    peak = None
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 - (probe.memory_mib if probe is not None else 0.0)
+    return Measurement(samples_ms=samples, probe_ms=probes, images=images, peak_memory_mib=peak)
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, divide: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    divide: int = 1,
+    probe: Probe | None = None,
 ) -> dict[str, Measurement]:
     """Time several short calls in turns, so that what drifts meets all alike; `seconds` for each of them.
 
     Before each call of a GPU its L2 cache is flushed. The flush is still running while the host enqueues the call, so
-    the host's part of a short call does not count. The order of the turns alternates. Samples are divided by `divide`,
-    the number of equal pieces of work in a call.
+    the host's part of a short call does not count. The order of the turns alternates, the probe has one of them.
+    Samples are divided by `divide`, the number of equal pieces of work in a call.
     """
     flush = _flusher(device)
-    for call in calls.values():
+    everything = dict(calls) if probe is None else {**calls, "probe": probe}
+    for call in everything.values():
         _warm_up(lambda call=call: time_once(call, device, flush), seconds)  # type: ignore[misc]
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in everything}
     started, turns = time.perf_counter(), 0
-    while not _enough(turns, started, seconds * len(calls)):
-        for name in list(calls) if turns % 2 else reversed(calls):
-            samples[name].append(_time_behind(flush, calls[name], device) / divide)
+    while not _enough(turns, MAX_TURNS, started, seconds * len(calls)):
+        for name in list(everything) if turns % 2 else reversed(everything):
+            samples[name].append(_time_behind(flush, everything[name], device))
         turns += 1
-    return {name: Measurement(samples_ms=taken) for name, taken in samples.items()}
+    probes = samples["probe"] if probe is not None else []
+    return {
+        name: Measurement(samples_ms=[sample / divide for sample in samples[name]], probe_ms=probes) for name in calls
+    }
 
 
 def _flusher(device: torch.device) -> Callable[[], object] | None:

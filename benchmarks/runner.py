@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import store
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.measurement import synchronize
+from benchmarks.measurement import Probe, synchronize
 from benchmarks.suite import Context, Row, Skip
 from fastdiff.environment import environment
 
@@ -107,6 +107,7 @@ class Runner:
             quick=self.quick,
             ceilings=ceilings,
             remaining_s=self.remaining_s,
+            probe=Probe(self.device),
         )
 
     def _run_workload(self, group: list[Row], context: Context, outcome: Outcome) -> None:

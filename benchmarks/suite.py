@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.measurement import Measurement, measure
+from benchmarks.measurement import Measurement, Probe, measure
 
 SECTIONS = ("kernels", "unet", "sampling", "training")
 # the contender that every ratio has on one side
@@ -27,6 +27,7 @@ class Figures(TypedDict, total=False):
 
     section, workload, contender: what the tables are ordered by.
     ms, low_ms, high_ms, samples_ms: median, 10th and 90th percentile and all times of a call, in milliseconds.
+    probe_ms: times of the probe in between (`benchmarks.measurement.Probe`).
     error, tolerance: largest absolute difference from the reference relative to its largest value; what was accepted.
     flops, bytes: of a call. of_copy, of_matmul: shares of the measured ceilings that it reached.
     flop_floor_ms, byte_floor_ms, issue_floor_ms: what a call takes at least at those ceilings.
@@ -42,6 +43,7 @@ class Figures(TypedDict, total=False):
     low_ms: float
     high_ms: float
     samples_ms: list[float]
+    probe_ms: list[float]
     images_per_s: float
     ms_per_step: float
     error: float
@@ -78,6 +80,7 @@ class Context:
         quick: a look instead of a measurement.
         ceilings: of this device, measured by this process.
         remaining_s: seconds left of the budget.
+        probe: what is timed between the calls, None for nothing.
         cache: whatever the rows of a workload share (models, reference outputs); emptied when the workload changes.
     """
 
@@ -85,6 +88,7 @@ class Context:
     quick: bool
     ceilings: Ceilings
     remaining_s: Callable[[], float]
+    probe: Probe | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -96,7 +100,7 @@ class Context:
         self, call: Callable[[], object], *, before: Callable[[], object] | None = None, images: int | None = None
     ) -> Measurement:
         """Time a call (`benchmarks.measurement.measure`); `Measurement.figures()` are a row's figures."""
-        return measure(call, self.device, seconds=self.seconds, before=before, images=images)
+        return measure(call, self.device, seconds=self.seconds, before=before, images=images, probe=self.probe)
 
 
 @dataclass(frozen=True, kw_only=True)
