@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastdiff.kernels.checks import FLOAT_DTYPES, check_tensor
 from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
-from fastdiff.kernels.group_norm_plan import MAX_GROUP, choose_plan, multiprocessors_of
+from fastdiff.kernels.group_norm_backward import group_norm_silu_backward_op
+from fastdiff.kernels.group_norm_plan import MAX_GROUP, channel_rows, choose_plan, multiprocessors_of
 from fastdiff.kernels.group_tile import affine, load_row, silu_of, spread_groups, sum_groups
 from fastdiff.kernels.layout import empty, is_channels_last, sample_extent
 
@@ -55,10 +56,10 @@ def _group_norm_kernel(
         x = tl.where(keep, x, 0.0)
 
     count = (positions * GROUP).to(tl.float32)
-    mean = sum_groups(tl.sum(x, 0), GROUP, GROUPS, GROUPS_PADDED, LANES) / count
+    mean = sum_groups(x, GROUP, GROUPS, GROUPS_PADDED) / count
     deviation = x - spread_groups(mean, GROUP, GROUPS, GROUPS_PADDED, LANES)[None, :]
     deviation = tl.where(keep, deviation, 0.0)
-    m2 = sum_groups(tl.sum(deviation * deviation, 0), GROUP, GROUPS, GROUPS_PADDED, LANES)
+    m2 = sum_groups(deviation * deviation, GROUP, GROUPS, GROUPS_PADDED)
     rstd = tl.rsqrt(m2 / count + eps)
 
     factor, offset_z = affine(
@@ -119,10 +120,10 @@ def _moments_kernel(
     # Chan: the moments of all elements around the mean of their group
     count = tl.minimum(tl.maximum((positions - row + ROWS - 1) // ROWS, 0), STEPS).to(tl.float32)[:, None]
     n = (tl.minimum(positions - chunk * (ROWS * STEPS), ROWS * STEPS) * GROUP).to(tl.float32)
-    group_mean = sum_groups(tl.sum(mean * count, 0), GROUP, GROUPS, GROUPS_PADDED, LANES) / n
+    group_mean = sum_groups(mean * count, GROUP, GROUPS, GROUPS_PADDED) / n
     delta = mean - spread_groups(group_mean, GROUP, GROUPS, GROUPS_PADDED, LANES)[None, :]
-    m2 += count * delta * delta
-    group_m2 = sum_groups(tl.sum(m2, 0), GROUP, GROUPS, GROUPS_PADDED, LANES)
+    m2 = tl.where(present[None, :], m2 + count * delta * delta, 0.0)
+    group_m2 = sum_groups(m2, GROUP, GROUPS, GROUPS_PADDED)
     in_block = tl.arange(0, GROUPS_PADDED)
     group = block * GROUPS + in_block
     owned = (in_block < GROUPS) & (group < CHANNELS // GROUP)
@@ -203,15 +204,6 @@ def _normalise_kernel(
         tl.store(y_ptr + b * positions * CHANNELS + offset, y.to(y_ptr.dtype.element_ty), mask=keep)
 
 
-def rows_of(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """A [C] or [B, C] tensor with dense rows, and the distance of its rows."""
-    if value is None:
-        return None, 0
-    if value.stride(-1) != 1 and value.shape[-1] > 1:
-        value = value.contiguous()
-    return value, value.stride(0) if value.ndim == 2 else 0
-
-
 @torch.library.custom_op("fastdiff::group_norm_silu", mutates_args=())
 def _group_norm_silu_op(
     x: Tensor,
@@ -232,32 +224,36 @@ def _group_norm_silu_op(
     if not is_channels_last(x):
         x = empty(x.shape, x.dtype, x.device, channels_last=True).copy_(x)
     plan = choose_plan(batch, positions, channels, num_groups, x.element_size(), multiprocessors_of(x.device))
-    (channel_bias, stride_cb), (scale, stride_scale), (shift, stride_shift) = map(rows_of, (channel_bias, scale, shift))
+    tile = plan.constants(channels, num_groups) | LAUNCH_OPTIONS
+    (channel_bias, stride_cb), (scale, stride_scale), (shift, stride_shift) = map(
+        channel_rows, (channel_bias, scale, shift)
+    )
     rows = (weight.contiguous(), bias.contiguous(), channel_bias, scale, shift)
     strides = (x.stride(0), stride_cb, stride_scale, stride_shift)
-    tile = {
-        "CHANNELS": channels,
-        "GROUP": channels // num_groups,
-        "GROUPS": plan.groups,
-        "GROUPS_PADDED": triton.next_power_of_2(plan.groups),
-        "BLOCKS": plan.blocks,
-        "ROWS": plan.rows,
-        "LANES": plan.lanes,
-        "num_warps": plan.num_warps,
-        **LAUNCH_OPTIONS,
-    }
+    grid = (batch * plan.chunks * plan.blocks,)
     with device_guard(x):
         if plan.one_pass:
-            _group_norm_kernel[(batch * plan.blocks,)](
-                x, y, *rows, mean, rstd, positions, *strides, eps, SILU=silu, **tile
-            )
+            _group_norm_kernel[grid](x, y, *rows, mean, rstd, positions, *strides, eps, SILU=silu, **tile)
         else:
-            grid, tile["STEPS"] = (batch * plan.chunks * plan.blocks,), plan.steps
             moments = torch.empty((batch, plan.chunks, 2, num_groups), dtype=torch.float32, device=x.device)
-            _moments_kernel[grid](x, channel_bias, moments, positions, plan.chunks, *strides[:2], **tile)
-            tile["CHUNKS_PADDED"] = triton.next_power_of_2(plan.chunks)
+            _moments_kernel[grid](
+                x, channel_bias, moments, positions, plan.chunks, x.stride(0), stride_cb, STEPS=plan.steps, **tile
+            )
             _normalise_kernel[grid](
-                x, y, *rows, moments, mean, rstd, positions, plan.chunks, *strides, eps, SILU=silu, **tile
+                x,
+                y,
+                *rows,
+                moments,
+                mean,
+                rstd,
+                positions,
+                plan.chunks,
+                *strides,
+                eps,
+                SILU=silu,
+                STEPS=plan.steps,
+                CHUNKS_PADDED=triton.next_power_of_2(plan.chunks),
+                **tile,
             )
     return y, mean, rstd
 
@@ -266,6 +262,33 @@ def _group_norm_silu_op(
 def _(x, num_groups, weight, bias, eps, channel_bias, scale, shift, silu):
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     return empty(x.shape, x.dtype, x.device, channels_last=True), mean, rstd
+
+
+def _setup_context(ctx, inputs, output):
+    x, ctx.num_groups, weight, bias, _, channel_bias, scale, shift, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, mean, rstd)
+
+
+def _backward(ctx, dy, *_):
+    x, weight, bias, channel_bias, scale, shift, mean, rstd = ctx.saved_tensors
+    needs_channel_bias = channel_bias is not None and ctx.needs_input_grad[5]
+    dx, rows = group_norm_silu_backward_op(
+        dy, x, ctx.num_groups, weight, bias, channel_bias, scale, shift, mean, rstd, ctx.silu, needs_channel_bias
+    )
+    dweight = dbias = dchannel_bias = dscale = dshift = None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        sums = rows[:2].sum(1)
+        dbias, dweight = sums[0].to(bias.dtype), sums[1].to(weight.dtype)
+    if scale is not None:
+        dshift, dscale = rows[2].to(shift.dtype), rows[3].to(scale.dtype)
+    if needs_channel_bias:
+        dchannel_bias = (rows[-1].sum(0) if channel_bias.ndim == 1 else rows[-1]).to(channel_bias.dtype)
+    return dx, None, dweight, dbias, None, dchannel_bias, dscale, dshift, None
+
+
+_group_norm_silu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _per_channel(value: Tensor, ndim: int) -> Tensor:

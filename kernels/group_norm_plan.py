@@ -23,9 +23,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # Elements of a tile that stay in registers without spilling, at 16 warps.
 MAX_TILE = 16384
+# Up to this size, two programs or more share a multiprocessor and hide each other's waiting.
+TILE_BYTES = 32768
 # A tile of the two-pass kernels, small enough for several programs on a multiprocessor.
 SPLIT_TILE = 4096
 SPLIT_LANES = 128
@@ -59,8 +62,21 @@ class Plan:
     chunks: int
     num_warps: int
 
+    def constants(self, channels: int, num_groups: int) -> dict[str, int]:
+        """What the kernels are compiled for."""
+        return {
+            "CHANNELS": channels,
+            "GROUP": channels // num_groups,
+            "GROUPS": self.groups,
+            "GROUPS_PADDED": _power_of_two(self.groups),
+            "BLOCKS": self.blocks,
+            "ROWS": self.rows,
+            "LANES": self.lanes,
+            "num_warps": self.num_warps,
+        }
 
-@functools.lru_cache(maxsize=None)
+
+@functools.cache
 def choose_plan(
     batch: int,
     positions: int,
@@ -68,21 +84,26 @@ def choose_plan(
     num_groups: int,
     itemsize: int,
     multiprocessors: int = DEFAULT_MULTIPROCESSORS,
-    max_tile: int = MAX_TILE,
+    tensors: int = 1,
 ) -> Plan:
-    """The plan for [batch, channels, positions] of `itemsize` bytes an element; see the rule above."""
+    """The plan for [batch, channels, positions] of `itemsize` bytes an element; see the rule above.
+
+    tensors: how many of this shape a program holds: 1 forward, 2 backward.
+    """
     widths = _widths(channels, num_groups, itemsize)
     rows = _power_of_two(positions)
 
-    def cost(width: _Width) -> tuple[int, float, int, int]:
+    def cost(width: _Width) -> tuple[int, float, bool, int, int]:
         idle = max(0, multiprocessors - batch * width.blocks)
-        return idle, width.fetched_lanes, -min(width.row_bytes, LINE), width.lanes
+        alone = rows * width.lanes * itemsize * tensors > TILE_BYTES
+        return idle, width.fetched_lanes, alone, -min(width.row_bytes, LINE), width.lanes
 
-    fitting = [width for width in widths if rows * width.lanes <= max_tile]
+    fitting = [width for width in widths if rows * width.lanes <= MAX_TILE]
     if fitting:
         best = min(fitting, key=cost)
         if best.row_bytes >= SECTOR or batch * best.blocks <= multiprocessors:
-            return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, _num_warps(rows * best.lanes))
+            num_warps = _num_warps(rows * best.lanes, itemsize, tensors)
+            return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, num_warps)
 
     narrow = [width for width in widths if width.lanes <= SPLIT_LANES] or widths[:1]
     best = min(narrow, key=lambda width: (width.fetched_lanes, -width.lanes))
@@ -91,10 +112,12 @@ def choose_plan(
     chunks = min(MAX_CHUNKS, tiles, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (batch * best.blocks)))
     steps = -(-tiles // chunks)
     chunks = -(-tiles // steps)
-    return Plan(False, best.groups, best.lanes, best.blocks, rows, steps, chunks, _num_warps(SPLIT_TILE))
+    return Plan(
+        False, best.groups, best.lanes, best.blocks, rows, steps, chunks, _num_warps(SPLIT_TILE, itemsize, tensors)
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def multiprocessors_of(device: torch.device) -> int:
     """How many the device has; those of an H200 where there is none."""
     if device.type != "cuda":
@@ -126,11 +149,20 @@ def _widths(channels: int, num_groups: int, itemsize: int) -> list[_Width]:
     return [width for width in widths if channels * itemsize % 16 == 0 and width.row_bytes % 16 == 0] or widths
 
 
-def _num_warps(tile: int) -> int:
-    """16 elements a thread, 32 in the largest tiles."""
-    return max(1, min(16, tile // 512))
+def _num_warps(tile: int, itemsize: int, tensors: int) -> int:
+    """32 elements a thread, 64 in the largest tiles."""
+    return max(1, min(8 * max(tensors, itemsize // 2), tile // 1024))
 
 
 def _power_of_two(n: int) -> int:
     """The smallest one that is not below n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def channel_rows(value: Tensor | None) -> tuple[Tensor | None, int]:
+    """A [C] or [B, C] tensor whose rows are dense, copied only where they are not, and the distance of its rows."""
+    if value is None:
+        return None, 0
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        value = value.contiguous()
+    return value, value.stride(0) if value.ndim == 2 else 0
