@@ -32,7 +32,7 @@ def count_flops(call: Callable[[], object]) -> int:
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """Operations per second of a large square matrix product: the median of ten, after two to warm up.
 
-    For float32 on a GPU it is TF32 where cuDNN may use it (torch.backends.cudnn.allow_tf32), since convolutions then do.
+    For float32 on a GPU it is TF32 where cuDNN may use it (torch.backends.cudnn.allow_tf32), as convolutions then do.
     """
     device = torch.device(device)
     size = MATMUL_SIZE[device.type]

@@ -29,40 +29,49 @@ CLASSES = {
 
 _OPERATOR = re.compile(r"(aten|mkldnn|mkldnn_prepacked|onednn|fastdiff|prims|torchvision|inductor)::")
 
+
+def _named(names: str) -> str:
+    """A pattern of operators with exactly these names, in place ("add_") or not."""
+    return f"::({'|'.join(names.split())})_?$"
+
+
 # The first rule that is found in the name decides.
 _OPERATOR_RULES = (
-    # Operators that only call others, or touch no data.
+    # They only call others, or touch no data.
     (
         "dispatch",
-        r"::(view|_unsafe_view|_reshape_alias|reshape|flatten|unflatten|as_strided_?|expand|expand_as|permute|transpose_?"
-        r"|t_?|numpy_T|mT|movedim|unsqueeze_?|squeeze_?|select|slice|narrow|chunk|split|split_with_sizes|tensor_split|unbind"
-        r"|alias|detach_?|lift_fresh|view_as|unfold|diagonal|movedim|broadcast_tensors|broadcast_to"
-        r"|empty|empty_like|empty_strided|new_empty|new_empty_strided|resize_|resize_as_|set_"
-        r"|to|contiguous|type_as|float|resolve_conj|resolve_neg|dropout|result_type|can_cast|size|stride|is_nonzero"
-        r"|_nnpack_available|_fused_sdp_choice|_has_compatible_shallow_copy_type|requires_grad_|matmul|einsum"
-        r"|_assert_tensor_metadata|_assert_async|layer_norm|group_norm|conv[123]d|_convolution_mode)$",
+        _named(
+            "view _unsafe_view _reshape_alias reshape flatten unflatten as_strided expand expand_as permute transpose t"
+            " numpy_T mT movedim unsqueeze squeeze select slice narrow chunk split split_with_sizes tensor_split unbind"
+            " alias detach lift_fresh view_as unfold diagonal broadcast_tensors broadcast_to set"
+            " empty empty_like empty_strided new_empty new_empty_strided resize resize_as"
+            " to contiguous type_as float resolve_conj resolve_neg result_type can_cast size stride is_nonzero"
+            " matmul einsum dropout layer_norm group_norm conv1d conv2d conv3d requires_grad"
+            " _nnpack_available _fused_sdp_choice _assert_tensor_metadata _has_compatible_shallow_copy_type"
+        ),
     ),
     ("optimizer", r"::(_fused_(adam|adamw|sgd|adagrad)_?|_foreach_|_amp_)"),
     ("attention", r"attention|softmax"),
     ("group_norm", r"group_norm|layer_norm|batch_norm"),
     ("convolution", r"conv"),
-    (
-        "matmul",
-        r"::(addmm|mm|bmm|baddbmm|addbmm|linear|_linear|mv|addmv|dot|vdot|mkldnn_linear|_scaled_mm)|mkl.*linear",
-    ),
+    ("matmul", r"mkl.*linear|" + _named("addmm mm bmm baddbmm addbmm linear mv addmv dot vdot _scaled_mm")),
     ("random", r"rand|normal_|uniform|bernoulli|dropout|multinomial"),
     ("resize", r"upsample|avg_pool|max_pool|interpolate|::(constant_)?pad|_pad_"),
     (
         "copy",
-        r"::(_to_copy|copy_?|clone|_local_scalar_dense|item|cat|_cat|stack|repeat|tile|roll|flip|masked_fill_?|fill_?|zero_"
-        r"|zeros|zeros_like|ones|ones_like|full|full_like|new_zeros|new_ones|new_full|arange|linspace|eye|scalar_tensor"
-        r"|index|index_select|index_put_?|_index_put_impl_|gather|scatter_?|scatter_add_?|embedding|embedding_dense_backward"
-        r"|_to_dense|to_mkldnn|mkldnn_reorder_conv2d_weight|select_backward|slice_backward|_reorder_conv\w*_weight)$",
+        _named(
+            "_to_copy copy clone _local_scalar_dense item cat _cat stack repeat tile roll flip masked_fill fill zero"
+            " zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full arange linspace scalar_tensor"
+            " index index_select index_put _index_put_impl gather scatter scatter_add embedding"
+            " embedding_dense_backward select_backward slice_backward _to_dense to_mkldnn mkldnn_reorder_conv2d_weight"
+        ),
     ),
     (
         "reduction",
-        r"::_?(sum|sum_to_size|mean|var|std|var_mean|std_mean|amax|amin|aminmax|max|min|any|all|prod|norm|linalg_vector_norm"
-        r"|cumsum|cumprod|sort|topk|argmax|argmin|argsort|quantile|logsumexp|bincount|histc|nonzero|unique\w*|equal)$",
+        _named(
+            "sum sum_to_size mean var std var_mean std_mean amax amin aminmax _aminmax max min any all prod norm"
+            " linalg_vector_norm cumsum cumprod sort topk argmax argmin argsort quantile logsumexp nonzero equal"
+        ),
     ),
     ("fastdiff", r"^fastdiff::"),
     ("elementwise", r"^(aten|prims|mkldnn)::"),
@@ -81,39 +90,23 @@ _KERNEL_RULES = (
     ("random", r"(triton_poi|cpp)_fused_(inductor_(random|seeds)_)+\d+$"),
     ("elementwise", r"triton_\w*fused|cpp_fused"),
     # This package's.
-    ("group_norm", r"^_(group_norm|moments|normalise)\w*_kernel$"),
+    ("group_norm", r"^_(group_norm\w*|moments|normalise|backward_(sums|dx))_kernel$"),
     ("fastdiff", r"^_(q_sample|p_sample|mse|solver_step|normal|uniform_words)_kernel$"),
     # Libraries. Layout first: cuDNN converts by kernels that name convolution types.
     ("copy", r"(nchw|nhwc|chw|hwc)\w*To\w*(nchw|nhwc|chw|hwc)|\b(memcpy|memset)\b|nhwcAddPadding|nchwAddPadding"),
-    (
-        "copy",
-        r"genericTranspose|batched_transpose|transpose_?(kernel|warp|readWrite)|tensorTransform|SubTensorOpWithScalar",
-    ),
+    ("copy", r"genericTranspose|batched_transpose|transpose_?(kernel|warp|readWrite)|tensorTransform"),
     ("optimizer", r"multi_tensor_apply|fused_?adam|lpnorm_cleanup"),
     ("attention", r"sdpa|fmha|flash_|FlashAttn|attention|softmax"),
     ("group_norm", r"group_?norm|layer_?norm|RowwiseMoments|ComputeFusedParams|ComputeBackwardFusedParams"),
-    (
-        "group_norm",
-        r"ComputeInternalGradients|GammaBeta\w*(Backward|CUDAKernel)|batch_?norm|\bbn_(fw|bw)|Compute1dBackward",
-    ),
-    ("resize", r"upsample|avg_?pool|max_?pool|pooling|_pad\w*_kernel|pad_kernel|adaptive"),
-    (
-        "convolution",
-        r"fprop|dgrad|wgrad|implicit_gemm|convol|conv_?[123]d|conv_depthwise|winograd|scudnn|s\d+cudnn|igemm_",
-    ),
-    ("convolution", r"miopen|im2col|col2im|vol2col|first_layer|fft[12]d|_5x_cudnn|\bcudnn|cask|xmma_cudnn|ConvAsm"),
-    ("matmul", r"gemm|gemv|nvjet|cublas|Cijk_|splitK|split_k|dot_kernel|dot_product|cutlass|\bgmma|bmm_"),
+    ("group_norm", r"ComputeInternalGradients|Compute1dBackward|GammaBeta\w*Backward|batch_?norm|\bbn_(fw|bw)"),
+    ("resize", r"upsample|avg_?pool|max_?pool|pooling|_pad\w*_kernel|pad_kernel"),
+    ("convolution", r"fprop|dgrad|wgrad|implicit_gemm|convol|conv_?[123]d|conv_depthwise|winograd|s\d*cudnn"),
+    ("convolution", r"igemm_|miopen|im2col|col2im|vol2col|first_layer|fft[12]d|_5x_cudnn|\bcudnn|cask|ConvAsm"),
+    ("matmul", r"gemm|gemv|nvjet|cublas|Cijk_|splitK|split_k|dot_kernel|dot_product|cutlass"),
     ("random", r"distribution|philox|curand|rocrand|bernoulli|dropout|randperm|randint"),
-    (
-        "copy",
-        r"copy_|copy\b|Copy|CatArray|cat_array|FillFunctor|fill_|transpose|arange|index_|index[A-Z]|gather|scatter",
-    ),
-    ("copy", r"embedding|triu_tril|take_put|flip_"),
-    (
-        "reduction",
-        r"reduce|\bcub\b|::cub::|thrust|_scan|sort|MeanOps|NormTwoOps|histogram|nll_loss|mse_loss|argm(ax|in)",
-    ),
-    ("elementwise", r"elementwise|pointwise|unrolled_|jitted|op_(generic_)?tensor_kernel|GeluCUDA|silu|where_kernel"),
+    ("copy", r"copy|CatArray|FillFunctor|fill_|transpose|arange|index_|indexSelect|gather|scatter|embedding|triu_tril"),
+    ("reduction", r"reduce|\bcub\b|thrust|_scan|sort|histogram|nll_loss|mse_loss|argm(ax|in)"),
+    ("elementwise", r"elementwise|pointwise|jitted|op_(generic_)?tensor_kernel|silu|where_kernel"),
 )
 _HOST_RULES = (
     ("compiled", r"^## Call CompiledFxGraph"),
@@ -123,10 +116,10 @@ _HOST_RULES = (
 
 
 def classify(name: str) -> str:
-    """The class, a key of `CLASSES`, of a CUDA kernel, an operator such as "aten::addmm" or an event of torch's profiler.
+    """The class, a key of `CLASSES`, of a CUDA kernel, an operator such as "aten::addmm" or another profiled event.
 
-    Inductor's kernels count by what they do: "triton_poi_fused_native_group_norm_silu_3" is "group_norm", a bias that is
-    added after a convolution is "elementwise".
+    Inductor's kernels count by what they do: "triton_poi_fused_native_group_norm_silu_3" is "group_norm", a bias that
+    is added after a convolution is "elementwise".
     """
     return _classify(name)
 

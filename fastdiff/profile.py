@@ -48,15 +48,15 @@ class KernelShare(ClassShare):
 class Profile:
     """What a call costs. All figures are per call.
 
-    ms: wall time without the profiler, median. busy_ms: sum over the classes: on a GPU the time of all kernels, on a CPU
-        the wall time under the profiler, which is longer than `ms`.
+    ms: wall time without the profiler, median. busy_ms: sum over the classes: on a GPU the time of all kernels, on a
+        CPU the wall time under the profiler, which is longer than `ms`.
     classes: by `fastdiff.kernel_classes.CLASSES`, largest first; kernels: the same by name.
     launches: on a GPU kernels, copies and fills that ran on the device, also out of replayed CUDA graphs; on a CPU
         operators that do work.
-    host_launches: what the host launched, a graph being one; 0 on a CPU. synchronisations: how often the host waited for
-        the device, blocking copies included; 0 on a CPU.
-    peak_memory_bytes: most that torch had allocated on the GPU, weights included; reserved_memory_bytes: most that it had
-        taken from the driver, where the memory of CUDA graphs shows. None on a CPU.
+    host_launches: what the host launched, a graph being one; 0 on a CPU.
+    synchronisations: how often the host waited for the device, blocking copies included; 0 on a CPU.
+    peak_memory_bytes: most that torch had allocated on the GPU, weights included; None on a CPU.
+    reserved_memory_bytes: most that it had taken from the driver, where CUDA graphs' memory shows; None on a CPU.
     working_memory_bytes: most that was allocated beyond what there was before the call.
     """
 
@@ -81,7 +81,7 @@ def profile_calls(
     warmup: int = 2,
     trace: Path | None = None,
 ) -> Profile:
-    """Run `call` `warmup` times unseen, time it `repeats` times, then profile it as often; it runs twice more in between.
+    """Run `call` `warmup` times unseen, time it `repeats` times, then profile it as often; two more runs in between.
 
     device: where it computes. trace: a file for Perfetto or chrome://tracing; ".gz" is added to a large one.
     Raises ValueError for repeats below 1.
@@ -120,7 +120,7 @@ def profile_calls(
 
 @contextlib.contextmanager
 def named_cpu_kernels() -> Iterator[None]:
-    """What Inductor compiles for a CPU meanwhile shows up in a profile by name; otherwise it is one lump, "compiled"."""
+    """What Inductor compiles for a CPU meanwhile shows in a profile by name; otherwise it is one lump, "compiled"."""
     import torch._inductor.config as inductor
 
     with inductor.patch("cpp.enable_kernel_profile", True):

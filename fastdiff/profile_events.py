@@ -1,8 +1,8 @@
 """From the events of torch's profiler to time and launches by class of kernel.
 
 On a GPU the kernels that ran on the device are counted, those of replayed CUDA graphs one by one. On a CPU an operator
-counts as a launch if it does the work itself: `aten::conv2d`, `aten::convolution` and `aten::mkldnn_convolution` call one
-another, and only the last one is a launch.
+counts as a launch if it does the work itself: `aten::conv2d`, `aten::convolution` and `aten::mkldnn_convolution` call
+one another, and only the last one is a launch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Total:
         self.launches += launches
 
 
-# By kernel or operator and its class: one operator may work for two classes, a lerp of the model and one of the average.
+# By kernel or operator and its class: one operator may work for two classes, as a lerp for the network and the average.
 Totals = dict[tuple[str, str], Total]
 
 
