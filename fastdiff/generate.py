@@ -62,13 +62,61 @@ def generate(config: SampleConfig, *, progress: bool = False) -> Generated:
     device = resolve_device(config.device)
     directory = find_checkpoint(config.checkpoint)
     loaded = load_model(directory, device=device)
+    draw = prepare(config, loaded, device)
+    shape = draw.shape
+    if config.out is not None and shape[0] not in (1, 3):
+        raise ValueError(f"out must be None for samples of {shape[0]} channels, a PNG has 1 or 3: use save_npy")
+    with contextlib.ExitStack() as outputs:
+        # Opened before sampling: a place that cannot be written to is not found out at the end.
+        png = outputs.enter_context(_replacing(config.out)) if config.out else None
+        npy = outputs.enter_context(_replacing(config.save_npy)) if config.save_npy else None
+        started = time.perf_counter()
+        images = _sample(draw, config, device, progress=progress)
+        seconds = time.perf_counter() - started
+        if not images.isfinite().all():
+            raise FloatingPointError(f"the samples of {directory} with {config.solver} are not finite")
+        images = images.clamp(-1, 1)
+        if png is not None:
+            scale = config.scale or max(1, READABLE_PIXELS // max(shape[1:]))
+            save_png(image_grid(to_uint8(images), _columns(config, loaded, len(images))), png, scale=scale)
+        if npy is not None:
+            np.save(npy, images.numpy())
+    return Generated(
+        images=images,
+        labels=draw.labels,
+        seconds=seconds,
+        checkpoint=directory,
+        guidance_scale=draw.guidance_scale,
+        device=str(device),
+        files=tuple(path for path in (config.out, config.save_npy) if path is not None),
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draw:
+    """A sampler, and what its calls are given.
+
+    shape: (C, H, W) of a sample. labels: int64 [N] on the CPU, None for a model without classes. condition: float32
+    [N, C, H, W] on the CPU, what a model of task superres is shown, None for another one.
+    """
+
+    sampler: Sampler
+    shape: tuple[int, ...]
+    labels: Tensor | None
+    condition: Tensor | None
+    guidance_scale: float | None
+
+    def model_kwargs(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The model's arguments for the samples `indices` [B]."""
+        given = {"class_labels": self.labels, "condition": self.condition}
+        return {name: value[indices].to(device) for name, value in given.items() if value is not None}
+
+
+def prepare(config: SampleConfig, loaded: Checkpoint, device: torch.device) -> Draw:
+    """The sampler that the options ask for; ValueError naming the option that does not fit the model."""
+    model_config = loaded.model.config
     labels = _labels(config, loaded)
     guidance_scale = _guidance_scale(config, loaded)
-    model_config = loaded.model.config
-    if config.out is not None and model_config.in_channels not in (1, 3):
-        raise ValueError(
-            f"out must be None for samples of {model_config.in_channels} channels, a PNG has 1 or 3: use save_npy"
-        )
     condition = _condition(config, loaded)
     sampler = Sampler(
         loaded.model,
@@ -82,30 +130,12 @@ def generate(config: SampleConfig, *, progress: bool = False) -> Generated:
         compile=config.compile,
     )
     size = (model_config.sample_size, model_config.sample_size) if condition is None else tuple(condition.shape[2:])
-    shape = (model_config.in_channels, *size)
-    with contextlib.ExitStack() as outputs:
-        # Opened before sampling: a place that cannot be written to is not found out at the end.
-        png = outputs.enter_context(_replacing(config.out)) if config.out else None
-        npy = outputs.enter_context(_replacing(config.save_npy)) if config.save_npy else None
-        started = time.perf_counter()
-        images = _sample(sampler, shape, config, labels, condition, device, progress=progress)
-        seconds = time.perf_counter() - started
-        if not images.isfinite().all():
-            raise FloatingPointError(f"the samples of {directory} with {config.solver} are not finite")
-        images = images.clamp(-1, 1)
-        if png is not None:
-            scale = config.scale or max(1, READABLE_PIXELS // max(shape[1:]))
-            save_png(image_grid(to_uint8(images), _columns(config, loaded, len(images))), png, scale=scale)
-        if npy is not None:
-            np.save(npy, images.numpy())
-    return Generated(
-        images=images,
+    return Draw(
+        sampler=sampler,
+        shape=(model_config.in_channels, *size),
         labels=labels,
-        seconds=seconds,
-        checkpoint=directory,
+        condition=condition,
         guidance_scale=guidance_scale,
-        device=str(device),
-        files=tuple(path for path in (config.out, config.save_npy) if path is not None),
     )
 
 
@@ -181,28 +211,17 @@ def _columns(config: SampleConfig, loaded: Checkpoint, count: int) -> int:
     return min(count, -(-side // cycle) * cycle if cycle <= 2 * side else side)
 
 
-def _sample(
-    sampler: Sampler,
-    shape: tuple[int, ...],
-    config: SampleConfig,
-    labels: Tensor | None,
-    condition: Tensor | None,
-    device: torch.device,
-    *,
-    progress: bool,
-) -> Tensor:
+def _sample(draw: Draw, config: SampleConfig, device: torch.device, *, progress: bool) -> Tensor:
     parts = []
-    num = config.num if condition is None else len(condition)
+    num = config.num if draw.condition is None else len(draw.condition)
     for first in range(0, num, config.batch_size):
         indices = torch.arange(first, min(first + config.batch_size, num))
-        given = {"class_labels": labels, "condition": condition}
-        kwargs = {name: value[indices].to(device) for name, value in given.items() if value is not None}
         parts.append(
-            sampler.sample(
-                (len(indices), *shape),
+            draw.sampler.sample(
+                (len(indices), *draw.shape),
                 seed=config.seed,
                 sample_indices=indices.to(device),
-                model_kwargs=kwargs,
+                model_kwargs=draw.model_kwargs(indices, device),
                 progress=progress,
             )
         )
