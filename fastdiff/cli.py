@@ -154,8 +154,7 @@ def _train(command: Train) -> int:
     result = train(TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)}))
     if not result.completed:
         return INTERRUPTED
-    loss = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
-    print(f"{result.step} steps{loss}: {result.checkpoint}")
+    print(result.describe())
     if result.superres is not None:
         print(result.superres.describe())
     inputs = "" if command.task == "generate" else " --input IMAGE ..."

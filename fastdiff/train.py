@@ -24,7 +24,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.superres import SuperresScore
 from fastdiff.train_config import TrainConfig
 from fastdiff.train_evaluation import EVALUATION_IMAGES, draw_samples, held_out_loss
-from fastdiff.train_log import TrainLog
+from fastdiff.train_log import Throughput, TrainLog
 from fastdiff.train_setup import (
     check_resume,
     conditions,
@@ -43,7 +43,8 @@ from fastdiff.unet import UNet, UNetConfig
 class TrainResult:
     """model: the averaged weights, in eval mode; checkpoint: the last one; completed: False after an interruption.
 
-    superres: how well a model of task superres restores held-out images.
+    superres: how well a model of task superres restores held-out images. images_per_s: of the steps, without the first
+    one, which compiles and allocates. activation_bytes: what a forward pass keeps for its backward pass.
     """
 
     model: UNet
@@ -52,6 +53,19 @@ class TrainResult:
     held_out_loss: float | None
     completed: bool
     superres: SuperresScore | None = None
+    images_per_s: float | None = None
+    activation_bytes: int | None = None
+
+    def describe(self) -> str:
+        """One sentence on the run."""
+        parts = [f"{self.step} steps"]
+        if self.held_out_loss is not None:
+            parts.append(f"held-out loss {self.held_out_loss:.4f}")
+        if self.images_per_s is not None:
+            parts.append(f"{self.images_per_s:.0f} images/s")
+        if self.activation_bytes is not None:
+            parts.append(f"activations {self.activation_bytes / 2**20:.1f} MiB")
+        return f"{', '.join(parts)}: {self.checkpoint}"
 
 
 def train(
@@ -94,10 +108,12 @@ def train(
     bar = tqdm(
         total=config.steps, initial=step, unit=" images", unit_scale=config.batch_size, disable=not config.progress
     )
+    throughput, first = Throughput(), step
     with _Interruption() as interruption, bar:
         while step < config.steps:
             losses, gradient_norm = train_step(step)
             log.add(losses.mean(), gradient_norm, learning_rate(config, step))
+            throughput.add(config.batch_size)
             step += 1
             bar.update()
             if on_step:
@@ -105,8 +121,14 @@ def train(
 
             stopping = step == config.steps or interruption.requested
             checkpointing = stopping or step % config.checkpoint_every == 0
-            if checkpointing or step % config.log_every == 0:
+            sampling = bool(config.sample_every) and (step % config.sample_every == 0 or step == config.steps)
+            pausing = checkpointing or sampling or step % config.log_every == 0
+            if pausing:
                 bar.set_postfix(loss=f"{log.flush(saved):.4f}")
+                throughput.stop()
+            if stopping:
+                speed = {"images_per_s": throughput.images_per_s, "activation_bytes": train_step.activation_bytes}
+                log.write({"step": step, **speed})
             if checkpointing:
                 with train_step.autocast():
                     loss = held_out_loss(objective, ema.model, held_out, conditions(config))
@@ -119,10 +141,12 @@ def train(
                     state={"step": step, "options": asdict(config)},
                 )
                 log.plot(output / "loss.png")
-            if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
+            if sampling:
                 draw_samples(ema.model, schedule, config, held_out or dataset, output / "samples" / f"step-{step}.png")
             if stopping:
                 break
+            if pausing or step == first + 1:
+                throughput.start()
     completed = step >= config.steps
     if not completed:
         print(f"stopped after step {step}; continue with: {config.command()} --resume")
@@ -139,6 +163,8 @@ def train(
         held_out_loss=loss,
         completed=completed,
         superres=score,
+        images_per_s=throughput.images_per_s,
+        activation_bytes=train_step.activation_bytes,
     )
 
 

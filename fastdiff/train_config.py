@@ -93,6 +93,9 @@ class TrainConfig:
     """Autocast dtype of the model; auto is bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cuda_graph: Literal["auto", True, False] = "auto"
+    """Capture the whole training step in a CUDA graph, so that small batches do not wait for the host; auto does so on
+    a GPU."""
     log_every: int = 50
     """Steps between readings of the loss; only then does the host wait for the device."""
     checkpoint_every: int = 500
@@ -110,7 +113,7 @@ class TrainConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
             if hint in (int, int | None) and value is not None and type(value) is not int:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if name in BOUNDS and value is not None:
@@ -128,6 +131,8 @@ class TrainConfig:
             value, flag = getattr(self, option.name), option.name.replace("_", "-")
             if value != option.default and option.name != "resume":
                 words += (
-                    [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+                    [f"--{flag}" if value else f"--no-{flag}"]
+                    if isinstance(option.default, bool)
+                    else [f"--{flag}", str(value)]
                 )
         return shlex.join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,35 @@ from torch import Tensor
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient is NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class Throughput:
+    """Images per second of the steps alone: the clock stands still while a run does something else."""
+
+    def __init__(self) -> None:
+        self._images = self._pending = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Count what follows, and its time."""
+        self._pending, self._since = 0, time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """Note the images of a step."""
+        self._pending += images
+
+    def stop(self) -> None:
+        """Take what came since the start, if there was one; the device must have finished it."""
+        if self._since is not None:
+            self._images += self._pending
+            self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """None as long as nothing was counted."""
+        return self._images / self._seconds if self._images else None
 
 
 class TrainLog:

@@ -1,19 +1,23 @@
 """One training iteration as an object: batch, flips, noise, forward, backward, clipping, AdamW, moving average.
 
 All that differs from step to step (which images, of which epochs, the learning rate, the weight of the average) lies in
-tensors on the device that are written before the iteration starts. The iteration itself reads nothing of the host.
+tensors on the device that are written before the iteration starts. The iteration itself reads nothing of the host, so
+on a GPU it is captured once, whole, and then replayed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.activation_memory import ActivationMemory
 from fastdiff.compilation import CompiledOrEager, compile_options
+from fastdiff.cuda_graph import capture
 from fastdiff.data import BatchOrder, Dataset, random_flip
 from fastdiff.ema import EMA
 from fastdiff.loss import DiffusionLoss
@@ -22,6 +26,8 @@ from fastdiff.train_setup import conditions
 from fastdiff.unet import UNet
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+# The first call also allocates what libraries keep for good; the second one shows the activations alone.
+MEASURED_CALLS = 2
 
 
 class TrainStep:
@@ -29,15 +35,26 @@ class TrainStep:
 
     `model` is put into training mode and changed in place; `dataset` (uint8), model and objective are on one device.
     Of `config` the options of the step are used: batch_size, gradient_accumulation_steps, horizontal_flip, the learning
-    rate and its schedule, weight_decay, max_grad_norm, ema_decay, seed, compile, task.
+    rate and its schedule, weight_decay, max_grad_norm, ema_decay, seed, compile, cuda_graph, task.
 
     Attributes:
         ema: the moving average; `ema.model` is what to sample from.
+        activation_bytes: what the forward pass of one piece of the batch keeps for its backward pass; None before the
+            first step, and for a compiled model on a CPU.
+
+    Raises ValueError for cuda_graph=True without a CUDA device.
     """
 
     def __init__(self, model: UNet, objective: DiffusionLoss, dataset: Dataset, config: TrainConfig) -> None:
         self.model, self.objective, self.dataset, self.config = model.train(), objective, dataset, config
         self.device = device = dataset.images.device
+        if config.cuda_graph is True and device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}")
+        self._captures = device.type == "cuda" and config.cuda_graph is not False
+        self._advance: Callable[[], None] | None = None
+        self.activation_bytes: int | None = None
+        self._measurable = device.type == "cuda" or not config.compile
+        self._measured = 0
         self.ema = EMA(model, config.ema_decay)
         self._network = (
             CompiledOrEager(model, **compile_options(device, training=True)) if config.compile else self.model
@@ -76,16 +93,40 @@ class TrainStep:
         self._epochs.copy_(epochs)
         self._learning_rate.fill_(learning_rate(self.config, step))
         self._average_weight.fill_(self.ema.weight(step))
+        if self._advance is None:
+            self._advance = self._captured() if self._captures else self._iterate
         if self.model.config.dropout:
-            # nn.Dropout draws from torch's generator: reseeding it by the step keeps a resumed run exact.
+            # nn.Dropout draws from torch's generator: reseeding it by the step keeps a resumed run exact. A replayed
+            # graph takes the generator's seed as it is now, too.
             torch.manual_seed(self.config.seed + step)
-        self._iterate()
+        self._advance()
         return self._losses, self._gradient_norm
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """What the network runs in."""
         dtype = self.objective.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _captured(self) -> Callable[[], None]:
+        """What replays the iteration, or the iteration itself where it cannot be captured; one warning says why."""
+        state = [*self.state().values(), *self.ema.model.state_dict().values()]
+        before = [value.clone() for value in state]
+
+        def reset() -> None:
+            for value, old in zip(state, before):
+                value.copy_(old)
+
+        try:
+            replay, _ = capture(self._iterate, reset, self.device, None)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            message = f"the training step cannot be captured in a CUDA graph, so it runs eagerly: {reason}"
+            warnings.warn(message, stacklevel=3)
+            torch.cuda.synchronize(self.device)  # the warm-up may still be running on its own stream
+            self._optimizer.zero_grad(set_to_none=True)
+            replay = self._iterate
+        reset()  # from the warm-up
+        return replay
 
     def _iterate(self) -> None:
         config = self.config
@@ -108,15 +149,20 @@ class TrainStep:
         images, labels = self.dataset.batch(indices)
         if config.horizontal_flip:
             images = random_flip(images, seed=config.seed, sample_indices=indices, epochs=epochs)
-        loss, prediction, gradient = self.objective(
-            self._network,
-            images,
-            labels,
-            indices,
-            epochs,
-            condition=self._condition(images),
-            grad_scale=1 / config.batch_size,
-        )
+        measuring = self._measurable and self._measured < MEASURED_CALLS
+        with ActivationMemory(self.model, self.device) if measuring else contextlib.nullcontext() as memory:
+            loss, prediction, gradient = self.objective(
+                self._network,
+                images,
+                labels,
+                indices,
+                epochs,
+                condition=self._condition(images),
+                grad_scale=1 / config.batch_size,
+            )
+        if memory is not None:
+            self.activation_bytes = memory.bytes
+            self._measured += 1
         with torch.autocast(self.device.type, enabled=False):
             prediction.backward(gradient=gradient)
         return loss

@@ -13,7 +13,7 @@ from fastdiff.data import load_dataset
 from fastdiff.loss import DiffusionLoss
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import TrainConfig, train
-from fastdiff.train_log import TrainingDiverged, TrainLog
+from fastdiff.train_log import Throughput, TrainingDiverged, TrainLog
 from fastdiff.unet import UNetConfig
 
 TINY = UNetConfig(
@@ -45,7 +45,9 @@ def options(output, **changes):
 
 
 def log_of(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    """What the run logged, apart from how fast it was."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "images_per_s" not in line]
 
 
 def assert_same_checkpoint(left, right):
@@ -213,6 +215,33 @@ def test_run_folder_holds_log_curve_pictures_and_description(tmp_path):
     assert UNetConfig.from_dict(description["model"]) == TINY
 
 
+def test_speed_and_activations_are_logged_and_told(tmp_path):
+    result = train(options(tmp_path, steps=4), model_config=TINY)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    speed = [line for line in lines if "images_per_s" in line]
+    assert speed == [{"step": 4, "images_per_s": result.images_per_s, "activation_bytes": result.activation_bytes}]
+    # The input of the first residual block alone, 6 images of 16 x 8 x 8 float32, is 24 KiB.
+    assert 24 * 1024 < result.activation_bytes < 2**24
+    mebibytes = result.activation_bytes / 2**20
+    assert f"{result.images_per_s:.0f} images/s, activations {mebibytes:.1f} MiB: " in result.describe()
+    # A single step has no time to speak of: it compiles and allocates.
+    assert train(options(tmp_path / "short", steps=1), model_config=TINY).images_per_s is None
+
+
+def test_the_clock_of_the_steps_stands_still_between_them(monkeypatch):
+    now = iter([10.0, 12.0, 50.0, 53.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    throughput = Throughput()
+    throughput.add(7)
+    throughput.stop()  # nothing was started
+    assert throughput.images_per_s is None
+    for images in (4, 6):
+        throughput.start()
+        throughput.add(images)
+        throughput.stop()
+    assert throughput.images_per_s == 10 / 5
+
+
 def test_unlabelled_data_trains_an_unconditional_model(tmp_path):
     config = options(tmp_path, steps=1, batch_size=2, class_conditional=False)
     result = train(config)
@@ -269,6 +298,7 @@ def test_resume_needs_a_checkpoint_and_a_writable_folder(tmp_path):
         ("weighting", "p2", "one of uniform, min_snr"),
         ("lr_schedule", "linear", "one of constant, cosine"),
         ("dtype", "float16", "one of auto, float32, bfloat16"),
+        ("cuda_graph", "yes", "one of auto, True, False"),
         ("image_size", 0, "at least 1"),
         ("num_train_timesteps", 0, "at least 1"),
         ("steps", 0, "at least 1"),
@@ -304,9 +334,10 @@ def test_bad_device_is_named(tmp_path, device):
 
 
 def test_command_lists_what_differs_from_the_defaults():
-    config = TrainConfig(steps=10, class_conditional=False, horizontal_flip=True, dataset="folder:my images")
+    options = {"steps": 10, "class_conditional": False, "horizontal_flip": True, "cuda_graph": False}
+    config = TrainConfig(**options, dataset="folder:my images")
     expected = "fastdiff train --dataset 'folder:my images' --horizontal-flip --no-class-conditional --steps 10"
-    assert config.command() == expected
+    assert config.command() == f"{expected} --cuda-graph False"
 
 
 def test_preset_follows_the_image_size(tmp_path):
