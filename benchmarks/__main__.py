@@ -15,8 +15,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import store
+from benchmarks.compare import compare, describe
+from benchmarks.report import write_report
 from benchmarks.runner import DeviceLost, Outcome, Runner
-from benchmarks.suite import SECTIONS, Row
+from benchmarks.suite import OURS, SECTIONS, Row
 
 MODULES = {
     "kernels": "benchmarks.kernel_rows",
@@ -68,18 +71,47 @@ def measure(options: argparse.Namespace, command: str) -> Outcome:
     return runner.run(rows)
 
 
+def summary(outcome: Outcome) -> str:
+    """A line for each workload that this run measured: our median and everybody else's in multiples of it."""
+    report, lines = store.load(outcome.path), []
+    for workload in dict.fromkeys(key.rsplit("/", 1)[0] for key in outcome.done):
+        ours = store.newest(report, f"{workload}/{OURS}", status="done", run=outcome.run)
+        peers = [key for key in outcome.done if key.startswith(f"{workload}/") and not key.endswith(f"/{OURS}")]
+        if ours is None or "ms" not in ours:
+            continue
+        multiples = ", ".join(
+            f"{key.rsplit('/', 1)[1]} {report['rows'][key][-1]['ms'] / ours['ms']:.2f}x" for key in peers
+        )
+        lines.append(f"{workload}: {ours['ms']:.4g} ms; {multiples}".rstrip("; "))
+    counts = f"{len(outcome.done)} rows measured, {len(outcome.failed)} failed, {len(outcome.skipped)} skipped"
+    if outcome.open:
+        counts += f", {len(outcome.open)} open for want of time: run the same command again"
+    return "\n".join([*lines, f"{counts}: {outcome.path}"])
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Do what was asked for; 1 where a row failed or, comparing, something has become slower."""
+    if options.command == "report":
+        for path in write_report(options.files, options.out):
+            print(path)
+        return 0
+    if options.command == "compare":
+        changes = compare(store.load(options.before), store.load(options.after))
+        print(describe(changes))
+        return 1 if any(change.verdict == "slower" for change in changes) else 0
+    outcome = measure(options, command)
+    print(summary(outcome))
+    return 1 if outcome.failed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     try:
-        outcome = measure(options, shlex.join(["python", "-m", "benchmarks", *arguments]))
+        return run(options, shlex.join(["python", "-m", "benchmarks", *arguments]))
     except (ValueError, DeviceLost) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{len(outcome.done)} measured, {len(outcome.failed)} failed, {len(outcome.skipped)} skipped")
-    if outcome.open:
-        print(f"{len(outcome.open)} open for want of time: run the same command again")
-    return 1 if outcome.failed else 0
+        return 2
 
 
 if __name__ == "__main__":

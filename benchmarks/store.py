@@ -24,7 +24,7 @@ from fastdiff.environment import environment
 FORMAT = 1
 ROOT = Path(__file__).parents[1]
 # what only reads result files: changing it does not change what is measured
-READERS = ("report.py", "page.py", "plots.py", "compare.py", "goals.py", "__main__.py", "results")
+READERS = ("report.py", "page.py", "plots.py", "series.py", "compare.py", "goals.py", "__main__.py", "results")
 
 Report = dict[str, Any]
 

@@ -1,0 +1,137 @@
+"""Tells a real change between two result files from noise, row by row.
+
+Successive samples of a run are no independent draws: clocks drift, neighbours come and go, and two runs differ by more
+than either varies within itself. So the unit is a block of successive samples:
+
+1. A run is cut into at most `BLOCKS` blocks. A block's time is the logarithm of its lower quartile: what disturbs a
+   call only ever makes it slower, and the disturbed calls of a block are rarely three quarters of it.
+2. A run's time is the median of its blocks' times. Its standard error comes from their spread (median absolute
+   deviation) and grows with the correlation of neighbouring blocks, which is what drift looks like from within.
+3. `DRIFT` stands for what differs between any two runs, and cannot be seen within one.
+4. A change is real if it is larger than `LEAST` and than `ERRORS` standard errors of the difference. If even a change
+   of `WANTED` would not be, the row is too noisy to tell, and says so.
+
+A median absolute deviation of few blocks is itself uncertain; `_widening` makes up for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks import store
+
+BLOCKS, LEAST_IN_BLOCK = 20, 4
+LEAST, WANTED = 0.03, 0.05
+ERRORS, DRIFT = 3.5, 0.004
+MOST_CORRELATION = 0.9
+# of a normal distribution: standard deviation over median absolute deviation, and error of a median over a mean's
+MAD_TO_DEVIATION, MEDIAN_LOSS = 1.4826, 1.2533
+
+
+@dataclass(frozen=True)
+class Located:
+    """The logarithm of a run's time and its standard error."""
+
+    log_ms: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A row in two files.
+
+    Attributes:
+        ratio: time after over time before.
+        least: smallest change, relative, that could be told from noise.
+        verdict: "slower" | "faster" | "same" | "too noisy".
+    """
+
+    key: str
+    before_ms: float
+    after_ms: float
+    ratio: float
+    least: float
+    verdict: str
+
+
+def blocks(samples_ms: Sequence[float]) -> np.ndarray:
+    """Logarithms of the lower quartiles of successive blocks."""
+    count = max(1, min(BLOCKS, len(samples_ms) // LEAST_IN_BLOCK))
+    if count < 3:  # few, long calls: each is its own block
+        return np.log(np.asarray(samples_ms, float))
+    return np.array([np.log(np.percentile(block, 25)) for block in np.array_split(np.asarray(samples_ms), count)])
+
+
+def locate(samples_ms: Sequence[float]) -> Located:
+    """Raises ValueError for fewer than three samples: they have no spread."""
+    if len(samples_ms) < 3:
+        raise ValueError(f"a comparison needs at least 3 samples a row, got {len(samples_ms)}")
+    times = blocks(samples_ms)
+    centre = float(np.median(times))
+    spread = MAD_TO_DEVIATION * float(np.median(np.abs(times - centre)))
+    correlation = _correlation(times)
+    effective = len(times) * (1 - correlation) / (1 + correlation)
+    return Located(centre, _widening(len(times)) * MEDIAN_LOSS * spread / math.sqrt(max(effective, 1.0)))
+
+
+def _correlation(times: np.ndarray) -> float:
+    """Of neighbouring blocks by their ranks, within [0, MOST_CORRELATION]; its bias for few blocks is made up for."""
+    if len(times) < 6:
+        return 0.0
+    ranks = times.argsort().argsort() - (len(times) - 1) / 2
+    raw = float((ranks[1:] * ranks[:-1]).sum() / (ranks**2).sum())
+    return min(max(raw + 1 / len(times), 0.0), MOST_CORRELATION)
+
+
+def _widening(count: int) -> float:
+    """How much wider an interval by a spread of `count` values must be than by the true spread."""
+    return 1 + 4 / count
+
+
+def judge(key: str, before: Sequence[float], after: Sequence[float]) -> Change:
+    """Compare the samples of one row, in milliseconds and in the order in which they were taken."""
+    one, other = locate(before), locate(after)
+    difference = other.log_ms - one.log_ms
+    least = max(math.log1p(LEAST), ERRORS * math.sqrt(one.error**2 + other.error**2 + 2 * DRIFT**2))
+    if abs(difference) > least:
+        verdict = "slower" if difference > 0 else "faster"
+    else:
+        verdict = "too noisy" if least > math.log1p(WANTED) else "same"
+    return Change(
+        key=key,
+        before_ms=math.exp(one.log_ms),
+        after_ms=math.exp(other.log_ms),
+        ratio=math.exp(difference),
+        least=math.expm1(least),
+        verdict=verdict,
+    )
+
+
+def compare(before: store.Report, after: store.Report) -> list[Change]:
+    """The rows that both reports have measured, in the order of the first. Raises ValueError where there are none."""
+    changes = []
+    for key in before["rows"]:
+        records = [store.newest(report, key, status="done") for report in (before, after)]
+        samples = [record["samples_ms"] for record in records if record is not None and "samples_ms" in record]
+        if len(samples) == 2:
+            changes.append(judge(key, *samples))
+    if not changes:
+        raise ValueError("the two files have no measured row in common")
+    return changes
+
+
+def describe(changes: Sequence[Change]) -> str:
+    """A line a row, and how many of each verdict."""
+    width = max(len(change.key) for change in changes)
+    lines = [
+        f"{change.key:<{width}}  {change.before_ms:10.4g} -> {change.after_ms:10.4g} ms  {change.ratio - 1:+7.1%}  "
+        f"{change.verdict} (least change that shows: {change.least:.1%})"
+        for change in changes
+    ]
+    verdicts = [change.verdict for change in changes]
+    counts = (f"{verdicts.count(name)} {name}" for name in ("slower", "faster", "same", "too noisy"))
+    return "\n".join([*lines, ", ".join(counts)])
