@@ -13,7 +13,8 @@ from torch import nn
 import fastdiff.compat.diffusers as facades
 from fastdiff.compat.diffusers.captured_forward import CapturedForward
 from fastdiff.compat.diffusers.fused import FusedScheduler
-from fastdiff.compilation import CompiledOrEager
+from fastdiff.compat.diffusers.fused_modules import fuse_norms, unfuse_norms
+from fastdiff.compilation import COMPILE_CHOICES, CompiledOrEager, compile_options, compiled, repeated_blocks
 
 VAES = ("vae", "vqvae", "movq")
 
@@ -36,6 +37,7 @@ def accelerate(
     scheduler: bool = True,
     dtype: torch.dtype | None = None,
     channels_last: bool = True,
+    fused_norm: bool = True,
     compile: bool | str = False,
     cuda_graph: bool = False,
     noise_seed: int | None = None,
@@ -48,9 +50,12 @@ def accelerate(
         dtype: of all of the pipeline's models; None leaves them as they are.
         channels_last: the layout of the U-Net's and the VAE's weights, and so of all they compute; False makes them
             contiguous.
-        compile: True runs the U-Net through torch.compile, with static shapes; "repeated_blocks" compiles only its
-            transformer blocks, once for all that look alike (minutes less for a large model). The first image then
-            waits for the compiler; without a working one the U-Net runs eagerly, with one warning.
+        fused_norm: on a CUDA device, GroupNorm and SiLU of the U-Net and the VAE in one kernel, with the time embedding
+            and the bias before them (`fused_modules.fuse_norms` says where). Elsewhere they run as they are.
+        compile: True runs the U-Net through torch.compile, with static shapes; "max-autotune" also lets it time
+            candidates of its kernels; "repeated_blocks" compiles only its transformer blocks, once for all that look
+            alike (minutes less for a large model). The first image then waits for the compiler; without a working one
+            the U-Net runs eagerly, with one warning.
         cuda_graph: replay the U-Net as a CUDA graph where it is on a CUDA device, one for each layout of its arguments.
             A graph follows changed inputs and replaced weights. Call `accelerate` again after other changes: adapter
             scales, FreeU, attention processors.
@@ -69,11 +74,11 @@ def accelerate(
             an option its counterpart cannot honour; compile names blocks that the U-Net does not have.
     """
     unet = _unet(pipe)
-    if compile not in (True, False, "repeated_blocks"):
-        raise ValueError(f'compile must be True, False or "repeated_blocks", got {compile!r}')
+    if compile not in COMPILE_CHOICES:
+        raise ValueError(f"compile must be one of {', '.join(map(repr, COMPILE_CHOICES))}, got {compile!r}")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be None or a torch.dtype, got {dtype!r}")
-    blocks = _repeated_blocks(unet) if compile == "repeated_blocks" else []
+    blocks = repeated_blocks(unet) if compile == "repeated_blocks" else []
     fast = _fast(pipe.scheduler) if scheduler else pipe.scheduler
     if noise_seed is not None and not isinstance(fast, FusedScheduler):
         raise ValueError(f"noise_seed needs a fused scheduler, got {type(fast).__name__}")
@@ -83,18 +88,23 @@ def accelerate(
     if dtype is not None:
         pipe.to(dtype)
     _set_layout(pipe, channels_last)
+    for model in _networks(pipe):
+        unfuse_norms(model)
+        if fused_norm:
+            fuse_norms(model)
 
     _restore_forwards(unet)
     whole = forward = unet.forward
-    if compile is True:
-        whole = CompiledOrEager(forward)
+    device = next(unet.parameters()).device
+    if compile in (True, "max-autotune"):
+        whole = compiled(forward, compile, device)
     # One compiled function a class: blocks of the same shape share what was compiled, and fail together.
     kinds: set[Any] = set(map(type, blocks))
-    compiled = {kind: CompiledOrEager(kind.forward) for kind in kinds}
+    functions = {kind: CompiledOrEager(kind.forward, **compile_options(device)) for kind in kinds}
     for block in blocks:
         if "forward" in vars(block):
             continue  # somebody's hook, which the class does not know
-        block.forward = ReplacedForward(block.forward, functools.partial(compiled[type(block)], block))
+        block.forward = ReplacedForward(block.forward, functools.partial(functions[type(block)], block))
     if cuda_graph:
         whole = CapturedForward(unet, whole)
     if whole is not forward:
@@ -103,7 +113,7 @@ def accelerate(
 
 
 def restore(pipe: Any) -> Any:
-    """Undo `accelerate`, in place: diffusers' own scheduler, contiguous weights, the U-Net's own forward.
+    """Undo `accelerate`, in place: diffusers' own scheduler and modules, contiguous weights, the U-Net's own forward.
 
     Models stay in their present dtype. Raises TypeError or ValueError like `accelerate` where there is no U-Net.
     """
@@ -111,6 +121,8 @@ def restore(pipe: Any) -> Any:
     if isinstance(pipe.scheduler, FusedScheduler):
         pipe.scheduler = _original_class(pipe.scheduler).from_config(pipe.scheduler.config)
     _set_layout(pipe, channels_last=False)
+    for model in _networks(pipe):
+        unfuse_norms(model)
     _restore_forwards(unet)
     return pipe
 
@@ -148,20 +160,17 @@ def _set_scheduler(pipe: Any, scheduler: FusedScheduler) -> None:
     pipe.register_to_config(scheduler=("diffusers", _original_class(scheduler).__name__))
 
 
+def _networks(pipe: Any) -> list[nn.Module]:
+    candidates = [pipe.unet, *(getattr(pipe, name, None) for name in VAES)]
+    return [model for model in candidates if isinstance(model, nn.Module)]
+
+
 def _set_layout(pipe: Any, channels_last: bool) -> None:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
-    for model in [pipe.unet, *(getattr(pipe, name, None) for name in VAES)]:
-        for weight in model.parameters() if isinstance(model, nn.Module) else ():
+    for model in _networks(pipe):
+        for weight in model.parameters():
             if weight.dim() in (4, 5):
                 weight.data = weight.data.contiguous(memory_format=formats.get(weight.dim(), torch.contiguous_format))
-
-
-def _repeated_blocks(unet: nn.Module) -> list[nn.Module]:
-    names = getattr(unet, "_repeated_blocks", None) or ()
-    blocks = [module for module in unet.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise ValueError(f'compile must be True or False for {type(unet).__name__}, which has no "repeated_blocks"')
-    return blocks
 
 
 def _restore_forwards(unet: nn.Module) -> None:
