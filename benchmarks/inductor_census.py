@@ -1,0 +1,205 @@
+"""What Inductor would launch on an H200 for one call of a U-Net: python -m benchmarks.inductor_census
+
+Needs no GPU: the code is generated for one, counted, and thrown away. Bytes count each tensor once per kernel that
+reads or writes it, so a kernel that reads its input twice moves more. They are no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import datetime
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor, nn
+from torch._inductor import ir
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import BaseSchedulerNode
+
+from benchmarks.absent_gpu import DEVICE, generate, on_device
+from fastdiff.compat.diffusers.fused_modules import fuse_norms
+from fastdiff.compat.diffusers.unet_config import diffusers_config
+from fastdiff.compilation import compile_options
+from fastdiff.environment import environment
+from fastdiff.kernels import group_norm
+from fastdiff.unet import PRESETS, UNet
+
+KINDS = ("generated", "convolution", "matmul", "attention", "fastdiff", "other")
+# operations of a kernel that changes no value
+MOVING = {"load", "store", "output", "get_index", "index_expr", "constant", "to_dtype", "masked", "where", "lt", "ge"}
+# operations that only say how a tensor is read
+VIEWS = {"view", "_unsafe_view", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "unbind", "split"}
+VARIANTS = ("fastdiff", "fastdiff, norms by Inductor", "diffusers", "diffusers, fused norms")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. `copies`: operations in it that change no value; `copied`: the bytes that those write."""
+
+    kind: str
+    operations: str
+    bytes: int
+    copies: int
+    copied: int
+    only_copies: bool
+
+
+def read_kernels(graph: GraphLowering, source: str) -> list[Kernel]:
+    """The kernels of a graph that Inductor has scheduled, as `absent_gpu.generate` hands it over."""
+    kernels = [kernel for node in graph.scheduler.nodes if (kernel := _kernel(node)) is not None]
+    launched = len(re.findall(r"^\s*triton_\w+\.run\(", source, re.M))
+    if launched != sum(kernel.kind == "generated" for kernel in kernels):
+        raise RuntimeError(f"the module launches {launched} generated kernels, which its nodes do not account for")
+    return kernels
+
+
+def census(call: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> dict[str, Any]:
+    """Launches and bytes of one call by kind, its copies, its generated kernels by what they compute."""
+    options = compile_options(DEVICE)["options"]
+    graphs, graph_breaks = generate(call, arguments, read_kernels, **options)
+    kernels = [kernel for graph in graphs for kernel in graph]
+    generated: dict[str, dict[str, int]] = {}
+    for kernel in kernels:
+        if kernel.kind == "generated":
+            total = generated.setdefault(kernel.operations, {"launches": 0, "bytes": 0})
+            total["launches"] += 1
+            total["bytes"] += kernel.bytes
+    return {
+        "graphs": len(graphs),
+        "graph_breaks": graph_breaks,
+        "launches": {kind: sum(kernel.kind == kind for kernel in kernels) for kind in KINDS},
+        "bytes": {kind: sum(kernel.bytes for kernel in kernels if kernel.kind == kind) for kind in KINDS},
+        "copies": {
+            "kernels": sum(kernel.only_copies for kernel in kernels),
+            "within_others": sum(kernel.copies for kernel in kernels if not kernel.only_copies),
+            "bytes_written": sum(kernel.copied for kernel in kernels),
+        },
+        "generated": dict(sorted(generated.items(), key=lambda item: -item[1]["bytes"])),
+        "kernels": [asdict(kernel) for kernel in kernels],
+    }
+
+
+def census_of_unet(variant: str, preset: str, batch: int) -> dict[str, Any]:
+    """The census of a preset of fastdiff.UNet, or of diffusers' model of the same configuration, in bfloat16."""
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        model: nn.Module = UNet(config) if "fastdiff" in variant else UNet2DModel(**diffusers_config(config))
+    if variant == "diffusers, fused norms":
+        fuse_norms(model)
+    model = model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+    def arguments() -> tuple[Tensor, Tensor]:
+        on_device(model)
+        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+        x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        return x, torch.empty(batch, dtype=torch.int64, device=DEVICE)
+
+    with contextlib.ExitStack() as patches:
+        if variant == "fastdiff, norms by Inductor":
+            patches.enter_context(mock.patch.object(group_norm, "use_triton", _never))
+        call = model if "fastdiff" in variant else lambda x, t: model(x, t, return_dict=False)
+        return census(call, arguments)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a line for each variant."""
+    head = ["U-Net", "graph breaks", "launches", *KINDS, "copies (kernels / within others)", "MB by generated kernels"]
+    lines = ["| " + " | ".join([*head, "MB in all"]) + " |", "|---" * (len(head) + 1) + "|"]
+    for name, row in rows.items():
+        launches, size, copies = row["launches"], row["bytes"], row["copies"]
+        cells = [name, row["graph_breaks"], sum(launches.values()), *(launches[kind] for kind in KINDS)]
+        cells += [f"{copies['kernels']} / {copies['within_others']}", _megabytes([size["generated"]])]
+        lines.append("| " + " | ".join(map(str, [*cells, _megabytes(size.values())])) + " |")
+    return "\n".join(lines)
+
+
+def details(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: for each variant, its generated kernels by what they compute."""
+    parts = []
+    for name, row in rows.items():
+        lines = [f"## {name}", "", "| generated kernels | launches | MB |", "|---|---|---|"]
+        for operations, total in row["generated"].items():
+            lines.append(f"| {operations} | {total['launches']} | {_megabytes([total['bytes']])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _megabytes(sizes: Iterable[int]) -> str:
+    return f"{sum(sizes) / 1e6:.1f}"
+
+
+def _kernel(node: BaseSchedulerNode) -> Kernel | None:
+    """None for what launches nothing: views, the parts of an operation's output."""
+    size = node.get_read_write_buffers_sizes()
+    if node.is_extern():
+        if isinstance(node.node, ir.MultiOutput):
+            return None
+        name = str(node.node.python_kernel_name)
+        return Kernel(_kind(name), name, size, 0, 0, False)
+    bodies = [part for part in node.get_nodes() if getattr(part, "_body", None) is not None]
+    if not bodies:
+        return None
+    copies = [part for part in bodies if set(part._body.op_counts) <= MOVING]
+    copied = sum(part.get_write_buffer_sizes() for part in copies)
+    return Kernel("generated", _operations(bodies), size, len(copies), copied, len(copies) == len(bodies))
+
+
+def _kind(name: str) -> str:
+    if "fastdiff." in name:
+        return "fastdiff"
+    known = {"convolution": "convolution", "mm": "matmul", "scaled_dot_product": "attention"}
+    return next((kind for part, kind in known.items() if part in name), "other")
+
+
+def _operations(parts: list[BaseSchedulerNode]) -> str:
+    names: collections.Counter[str] = collections.Counter()
+    for part in parts:
+        for origin in part.node.get_origins():
+            names[getattr(origin.target, "_opname", str(origin.target))] += 1
+    return ", ".join(sorted(set(names) - VIEWS)) or "view"
+
+
+def _never(tensor: Tensor) -> bool:
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and the page")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cifar10", help="which U-Net")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 256], help="images in a call")
+    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="of the U-Net")
+    options = parser.parse_args()
+    rows = {}
+    for batch in options.batch:
+        for variant in options.variant:
+            name = f"{variant}, batch {batch}"
+            print(name, flush=True)
+            rows[name] = census_of_unet(variant, options.preset, batch)
+    day = datetime.date.today().isoformat()
+    command = shlex.join(["python", "-m", "benchmarks.inductor_census", *sys.argv[1:]])
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"inductor-census_sm90_{day}"
+    report = {"command": command, "date": day, "environment": environment(), "preset": options.preset, "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    versions = f"torch {report['environment']['torch']}, triton {report['environment']['triton']}"
+    about = f"`{command}`, {day}, {versions}, no GPU: one call of the {options.preset} U-Net, bfloat16, channels-last."
+    note = "Bytes count each tensor once per kernel that touches it; the copies are among the generated kernels."
+    page = f"# What Inductor would launch on an H200\n\n{about} {note}\n\n{table(rows)}\n\n{details(rows)}\n"
+    path.with_suffix(".md").write_text(page)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
