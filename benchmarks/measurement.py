@@ -32,12 +32,15 @@ class Measurement:
     Attributes:
         samples_ms: milliseconds of each, in their order.
         probe_ms: of the probe, in between.
+        cpu_share: processor seconds that this process got for each second of measuring: less than usual, and others
+            had the processor in between.
         images: made by a call, None where the word means nothing.
         peak_memory_mib: the most that tensors held on a GPU during the calls, None on a CPU.
     """
 
     samples_ms: Sequence[float]
     probe_ms: Sequence[float] = ()
+    cpu_share: float | None = None
     images: int | None = None
     peak_memory_mib: float | None = None
 
@@ -56,6 +59,8 @@ class Measurement:
         }
         if self.probe_ms:
             figures["probe_ms"] = [float(f"{sample:.5g}") for sample in self.probe_ms]
+        if self.cpu_share is not None:
+            figures["cpu_share"] = round(self.cpu_share, 4)
         if self.images is not None:
             figures["images_per_s"] = 1e3 * self.images / self.median_ms
         if self.peak_memory_mib is not None:
@@ -144,7 +149,7 @@ def measure(
     samples: list[float] = []
     probes: list[float] = []
     total = probed = 0.0
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     while not _enough(len(samples), MAX_REPEATS, started, seconds):
         samples.append(once())
         total += samples[-1]
@@ -153,10 +158,11 @@ def measure(
                 break
             probes.append(time_once(probe, device))  # type: ignore[arg-type]
             probed += probes[-1]
+    cpu_share = (time.process_time() - cpu_started) / (time.perf_counter() - started)
     peak = None
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device) / 2**20 - (probe.memory_mib if probe is not None else 0.0)
-    return Measurement(samples_ms=samples, probe_ms=probes, images=images, peak_memory_mib=peak)
+    return Measurement(samples_ms=samples, probe_ms=probes, cpu_share=cpu_share, images=images, peak_memory_mib=peak)
 
 
 def interleave(
@@ -178,14 +184,18 @@ def interleave(
     for call in everything.values():
         _warm_up(lambda call=call: time_once(call, device, flush), seconds)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in everything}
-    started, turns = time.perf_counter(), 0
+    started, cpu_started, turns = time.perf_counter(), time.process_time(), 0
     while not _enough(turns, MAX_TURNS, started, seconds * len(calls)):
         for name in list(everything) if turns % 2 else reversed(everything):
             samples[name].append(_time_behind(flush, everything[name], device))
         turns += 1
+    cpu_share = (time.process_time() - cpu_started) / (time.perf_counter() - started)
     probes = samples["probe"] if probe is not None else []
     return {
-        name: Measurement(samples_ms=[sample / divide for sample in samples[name]], probe_ms=probes) for name in calls
+        name: Measurement(
+            samples_ms=[sample / divide for sample in samples[name]], probe_ms=probes, cpu_share=cpu_share
+        )
+        for name in calls
     }
 
 
