@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fastdiff.profile_config import FIGURES, ProfileSampleConfig, ProfileTrainConfig
 from fastdiff.sample_config import SampleConfig
 from fastdiff.train_config import TrainConfig
 
@@ -37,6 +38,39 @@ class Train(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileSample(ProfileSampleConfig):
+    """Profile the walk from noise to image."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileTrain(ProfileTrainConfig):
+    """Profile training steps; no checkpoint is written."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    # a run's outputs, of which there are none
+    output: tyro.conf.Suppress[str] = ProfileTrainConfig.output
+    log_every: tyro.conf.Suppress[int] = ProfileTrainConfig.log_every
+    checkpoint_every: tyro.conf.Suppress[int] = ProfileTrainConfig.checkpoint_every
+    sample_every: tyro.conf.Suppress[int] = ProfileTrainConfig.sample_every
+    progress: tyro.conf.Suppress[bool] = ProfileTrainConfig.progress
+    resume: tyro.conf.Suppress[bool] = ProfileTrainConfig.resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Show where the time of sampling or training goes."""
+
+    what: (
+        Annotated[ProfileSample, tyro.conf.subcommand("sample")]
+        | Annotated[ProfileTrain, tyro.conf.subcommand("train")]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verify:
     """Compare every kernel and every reference with float64 formulas, on this machine."""
 
@@ -54,10 +88,11 @@ class Env:
     """Print one JSON object."""
 
 
-Command = Sample | Train | Verify | Env
+Command = Sample | Train | Profile | Verify | Env
 Parser = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
@@ -70,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     FASTDIFF_TRACEBACK=1 it is raised, to see where it comes from.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    name = words[0] if words and words[0] in ("sample", "train", "verify", "env") else ""
+    name = _command_name(words)
     try:
         command = _parse(words)
         return _run(command)
@@ -82,13 +117,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(name, error)
 
 
+def _command_name(words: list[str]) -> str:
+    if words[:1] == ["profile"]:
+        return " ".join(words[:2] if words[1:2] in (["sample"], ["train"]) else words[:1])
+    return words[0] if words and words[0] in ("sample", "train", "verify", "env") else ""
+
+
 def _parse(words: list[str]) -> Command:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(Parser, args=words, prog="fastdiff", config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
+            flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+            return tyro.cli(Parser, args=words, prog="fastdiff", config=flat)  # type: ignore[call-overload]
     except SystemExit as stop:
         if stop.code in (0, None):
+            if words[:1] == ["profile"]:
+                print(FIGURES)
             raise
         raise ValueError(_first_paragraph(captured.getvalue())) from None
 
@@ -100,7 +144,7 @@ def _first_paragraph(message: str) -> str:
         lines.pop(0)
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), lines)).strip()
     # a dataclass that refuses its values is reported under the name of its class
-    sentence = re.sub(r"^Error parsing ((Sample|Train): )?", "", sentence)
+    sentence = re.sub(r"^Error parsing ((Sample|Train|ProfileSample|ProfileTrain): )?", "", sentence)
     return sentence.rstrip(".") or "the arguments could not be read"
 
 
@@ -113,6 +157,8 @@ def _run(command: Command) -> int:
         return _sample(command)
     if isinstance(command, Train):
         return _train(command)
+    if isinstance(command, Profile):
+        return _profile(command.what)
     if isinstance(command, Verify):
         return _verify(command)
     return _env(command)
@@ -159,6 +205,20 @@ def _train(command: Train) -> int:
         print(result.superres.describe())
     inputs = "" if command.task == "generate" else " --input IMAGE ..."
     print(f"sample from it with: fastdiff sample --checkpoint {result.checkpoint}{inputs}")
+    return 0
+
+
+def _profile(command: ProfileSample | ProfileTrain) -> int:
+    # its collector reports a machine without a GPU as an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from fastdiff.profile_run import profile_sampling, profile_training
+
+    report = profile_sampling(command) if isinstance(command, ProfileSample) else profile_training(command)
+    if command.json:
+        _print_json(**report.to_dict())
+    else:
+        print(report.describe())
+        print(f"\ntrace for https://ui.perfetto.dev, profile.json and profile.md are in {command.out}")
     return 0
 
 

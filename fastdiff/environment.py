@@ -58,6 +58,14 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU, or the CPU with the number of threads that torch computes with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -112,7 +112,7 @@ class Draw:
         return {name: value[indices].to(device) for name, value in given.items() if value is not None}
 
 
-def prepare(config: SampleConfig, loaded: Checkpoint, device: torch.device) -> Draw:
+def prepare(config: SampleConfig, loaded: Checkpoint, device: torch.device, *, cuda_graph: bool | str = "auto") -> Draw:
     """The sampler that the options ask for; ValueError naming the option that does not fit the model."""
     model_config = loaded.model.config
     labels = _labels(config, loaded)
@@ -128,6 +128,7 @@ def prepare(config: SampleConfig, loaded: Checkpoint, device: torch.device) -> D
         dtype=getattr(torch, config.dtype),
         device=device,
         compile=config.compile,
+        cuda_graph=cuda_graph,
     )
     size = (model_config.sample_size, model_config.sample_size) if condition is None else tuple(condition.shape[2:])
     return Draw(
