@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import load_model
+    from fastdiff.engine import Engine
+    from fastdiff.engine_request import Request
     from fastdiff.loss import DiffusionLoss
     from fastdiff.sampler import Sampler
     from fastdiff.schedule import NoiseSchedule
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DiffusionLoss": "loss",
+    "Engine": "engine",
     "NoiseSchedule": "schedule",
+    "Request": "engine_request",
     "Row": "table",
     "Sampler": "sampler",
     "StepTable": "table",
@@ -37,7 +41,9 @@ _HOMES = {
 
 __all__ = [
     "DiffusionLoss",
+    "Engine",
     "NoiseSchedule",
+    "Request",
     "Row",
     "Sampler",
     "StepTable",

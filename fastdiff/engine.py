@@ -1,0 +1,358 @@
+"""Continuous batching: requests with their own solvers, step counts, guidance and seeds share the model's calls.
+
+A request joins at any step and leaves after its last row; the others neither wait for it nor change. Each is at its own
+row of its own table: the `p_sample` kernel reads a row per sample. The states of all lie densely at the front of one
+buffer; where a request leaves, the last one takes its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import noise as noise_contract
+from fastdiff.compilation import COMPILE_CHOICES
+from fastdiff.device import existing_device
+from fastdiff.engine_model import BucketedModel
+from fastdiff.engine_request import Packed, Request, RequestTables
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceTable
+from fastdiff.kernels.layout import empty
+from fastdiff.kernels.p_sample import p_sample_
+from fastdiff.model_arguments import is_plain, model_inputs, without_tensors
+from fastdiff.schedule import NoiseSchedule
+
+
+class Finished(NamedTuple):
+    """A request's number, as `Engine.add` gave it, and its sample, float32 [C, *spatial]."""
+
+    id: int
+    sample: Tensor
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that waits or is under way, and the row that it is at."""
+
+    id: int
+    request: Request
+    packed: Packed
+    cond: dict[str, Tensor]
+    uncond: dict[str, Tensor]
+    row: int = 0
+
+    @property
+    def places(self) -> int:
+        return 2 if self.packed.table.guided else 1
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.packed.table.ev[self.row])
+
+    @property
+    def guided(self) -> bool:
+        """At this row."""
+        return self.evaluates and float(self.packed.table.columns["g"][self.row]) != 1.0
+
+
+class Engine:
+    """Draws samples of one shape from one model for requests that come and go.
+
+        engine = Engine(model, schedule, (3, 32, 32))
+        id = engine.add(Request(num_inference_steps=20, seed=7))
+        while engine.busy:
+            for id, sample in engine.step():
+                ...
+
+    Args:
+        model, schedule, prediction_type, dtype, device, compile, cuda_graph: as in `fastdiff.Sampler`.
+        shape: [C, *spatial] of a sample.
+        batch_sizes: the batches that the model is called with, ascending; a call is padded to the next one. The last
+            is how many places there are: a guided request takes two, and requests wait in order of arrival.
+
+    A sample equals that of a `Sampler` with the same seed but for what another batch size changes in the last bits of
+    the model. t is int64 for the model while all requests under way have whole timesteps, else float32. An engine is
+    for one thread.
+
+    Raises ValueError, TypeError for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        schedule: NoiseSchedule,
+        shape: Sequence[int],
+        *,
+        prediction_type: str = "epsilon",
+        batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compile: bool | str = False,
+        cuda_graph: bool | str = "auto",
+    ) -> None:
+        sizes = list(batch_sizes)
+        if not sizes or any(type(size) is not int or size < 1 for size in sizes) or sizes != sorted(set(sizes)):
+            raise ValueError(f"batch_sizes must be ascending integers of at least 1, got {batch_sizes!r}")
+        if len(shape) < 1 or any(type(size) is not int or size < 1 for size in shape):
+            raise ValueError(f"shape must be [C, *spatial] with sizes of at least 1, got {shape!r}")
+        if compile not in COMPILE_CHOICES:
+            raise ValueError(f"compile must be one of {', '.join(map(repr, COMPILE_CHOICES))}, got {compile!r}")
+        first = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+        own = first.dtype if first is not None and first.is_floating_point() else torch.float32
+        if device is None:
+            device = first.device if first is not None else torch.device("cpu")
+        self.device = existing_device(device)
+        self.model = model
+        self.shape, self.capacity = tuple(shape), sizes[-1]
+        self._call = BucketedModel(
+            model,
+            sizes=sizes,
+            shape=self.shape,
+            device=self.device,
+            dtype=own,
+            autocast_dtype=None if dtype in (None, own) else dtype,
+            compile=compile,
+            captures=self.device.type == "cuda" if cuda_graph == "auto" else bool(cuda_graph),
+        )
+        self._x = empty((self.capacity, *self.shape), torch.float32, self.device, channels_last=True)
+        self._model_input = empty((self.capacity, *self.shape), own, self.device, channels_last=True)
+        self._history = self._allocate_history(0)
+        self._seeds, self._sample_indices = torch.zeros(2, self.capacity, dtype=torch.int64, device=self.device)
+        self._cond: dict[str, Tensor] = {}
+        self._uncond: dict[str, Tensor] = {}
+        self._arguments: dict[str, Any] | None = None
+        self._numbers = itertools.count()
+        self._waiting: deque[_Running] = deque()
+        self._running: list[_Running] = []
+        self._tables = RequestTables(schedule, prediction_type, self.device)
+        # of the requests under way: all their tables one after the other, and where each begins
+        self._joined: tuple[DeviceTable, dict[int, int]] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a request waits or is under way."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have one."""
+        return len(self._running)
+
+    def add(self, request: Request) -> int:
+        """Queue a request and return its number.
+
+        Raises ValueError, TypeError where its options have no walk, its arguments do not fit those of earlier requests,
+        or it needs more places than there are.
+        """
+        packed = self._tables.table_of(request)
+        table = packed.table
+        inputs = model_inputs(
+            self.model,
+            1,
+            self.device,
+            request.model_kwargs,
+            dict(request.uncond_kwargs),
+            guided=table.guided,
+            has_scale=request.guidance_scale is not None,
+        )
+        cond = {path.removeprefix("cond."): value for path, value in inputs.items() if path.startswith("cond.")}
+        uncond = {
+            path.removeprefix("guided."): value[:1] for path, value in inputs.items() if path.startswith("guided.")
+        }
+        self._check_arguments(without_tensors(request.model_kwargs), cond)
+        entry = _Running(next(self._numbers), request, packed, cond, uncond)
+        if entry.places > self.capacity:
+            raise ValueError(f"a guided request takes 2 places, batch_sizes end at {self.capacity}")
+        self._waiting.append(entry)
+        return entry.id
+
+    def abort(self, id: int) -> bool:
+        """Forget a request and free its place at once; False if it is not here (any more)."""
+        for entry in self._waiting:
+            if entry.id == id:
+                self._waiting.remove(entry)
+                return True
+        for place, entry in enumerate(self._running):
+            if entry.id == id:
+                self._leave(place)
+                return True
+        return False
+
+    @torch.no_grad()
+    def step(self) -> list[Finished]:
+        """Admit what waits, call the model once for all that are under way, and return what is finished."""
+        while self._waiting and self._places() + self._waiting[0].places <= self.capacity:
+            self._enter(self._waiting.popleft())
+        self._run_rows_without_model()
+        finished = self._finished()  # a table may never evaluate the model
+        if not self._running:
+            return finished
+        output, uncond = self._evaluate()
+        self._run_rows(slice(0, len(self._running)), output, uncond)
+        self._run_rows_without_model()
+        return finished + self._finished()
+
+    def run(self, requests: Iterable[Request]) -> list[Tensor]:
+        """Add requests, step until nothing is left to do, and return their samples in order."""
+        ids = [self.add(request) for request in requests]
+        done: dict[int, Tensor] = {}
+        while self.busy:
+            done.update(self.step())
+        return [done[id] for id in ids]
+
+    def _check_arguments(self, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The first request decides what the model is called with."""
+        for path, value in tensors.items():
+            if value.ndim == 0 or value.shape[0] != 1:
+                raise ValueError(f"model_kwargs must hold {path} of shape [1, ...], got {list(value.shape)}")
+        if not is_plain(arguments):
+            raise ValueError(f"model_kwargs must hold tensors and plain values, got {arguments!r}")
+        if self._arguments is None:
+            self._arguments = arguments
+            for path, value in tensors.items():
+                self._cond[path] = value.new_zeros((self.capacity, *value.shape[1:]))
+                self._uncond[path] = torch.zeros_like(self._cond[path])
+        expected = {path: (value.dtype, (1, *value.shape[1:])) for path, value in self._cond.items()}
+        got = {path: (value.dtype, tuple(value.shape)) for path, value in tensors.items()}
+        if arguments != self._arguments or got != expected:
+            raise ValueError(
+                f"model_kwargs must be like those of the first request, {self._arguments} with {expected}, "
+                f"got {arguments} with {got}"
+            )
+
+    def _places(self) -> int:
+        return sum(entry.places for entry in self._running)
+
+    def _enter(self, entry: _Running) -> None:
+        """Write the request's start into the first free place."""
+        place, table, request = len(self._running), entry.packed.table, entry.request
+        self._running.append(entry)
+        self._joined = None
+        self._seeds[place] = request.seed
+        self._sample_indices[place] = request.sample_index
+        start = noise_contract.normal(
+            (1, *self.shape),
+            seed=self._seeds[place : place + 1],
+            sample_indices=self._sample_indices[place : place + 1],
+            stream="initial",
+        )
+        torch.mul(start, table.init_noise_sigma, out=self._x[place : place + 1])
+        self._model_input[place : place + 1].copy_(self._x[place : place + 1] * float(table.columns["c_in"][0]))
+        for kept, given in ((self._cond, entry.cond), (self._uncond, entry.uncond)):
+            for path, value in given.items():
+                kept[path][place : place + 1].copy_(value)
+
+    def _leave(self, place: int) -> None:
+        """Free a place: the last request moves there."""
+        last = len(self._running) - 1
+        if place != last:
+            states = [self._x, self._model_input, self._seeds, self._sample_indices, *self._history]
+            for value in (*states, *self._cond.values(), *self._uncond.values()):
+                value[place].copy_(value[last])
+            self._running[place] = self._running[last]
+        self._running.pop()
+        self._joined = None
+
+    def _finished(self) -> list[Finished]:
+        done = []
+        for place in reversed(range(len(self._running))):
+            entry = self._running[place]
+            if entry.row == len(entry.packed.table):
+                done.append(Finished(entry.id, self._x[place].clone()))
+                self._leave(place)
+        return done[::-1]
+
+    def _evaluate(self) -> tuple[Tensor, Tensor | None]:
+        """The model's output for all under way, and the unconditional one where any row is guided."""
+        count = len(self._running)
+        guided = [place for place, entry in enumerate(self._running) if entry.guided]
+        whole = all(entry.packed.table.timesteps.dtype.kind == "i" for entry in self._running)
+        table, _ = self._table_of_all()
+        t = table.floats[:, FLOAT_COLUMNS.index("t")].index_select(0, self._rows(range(count)))
+        x, tensors = self._model_input[:count], {path: value[:count] for path, value in self._cond.items()}
+        if guided:
+            index = self._upload(guided, torch.int64)
+            x = torch.cat([x, x.index_select(0, index)])
+            t = torch.cat([t, t.index_select(0, index)])
+            tensors = {path: torch.cat([v, self._uncond[path].index_select(0, index)]) for path, v in tensors.items()}
+        assert self._arguments is not None
+        output = self._call(x, t.long() if whole else t, tensors, self._arguments)
+        if not guided:
+            return output, None
+        # where a row is not guided, both halves are the same: g = 1 then gives the output itself, bit for bit
+        conditional = output[:count]
+        return conditional, conditional.clone().index_copy_(0, index, output[count:])
+
+    def _run_rows_without_model(self) -> None:
+        """Until every request is at a row that evaluates the model, or at its end."""
+        while True:
+            places = [
+                place
+                for place, entry in enumerate(self._running)
+                if entry.row < len(entry.packed.table) and not entry.evaluates
+            ]
+            if not places:
+                return
+            for place in places:
+                self._run_rows(slice(place, place + 1), None, None)
+
+    def _run_rows(self, part: slice, output: Tensor | None, uncond: Tensor | None) -> None:
+        """Execute the row that each request of `part` is at."""
+        table, _ = self._table_of_all()
+        n_slots = table.floats.shape[1] - HISTORY_OFFSET
+        entries = self._running[part]
+        draws = any(entry.packed.table.draws_noise for entry in entries)
+        p_sample_(
+            self._x[part],
+            output,
+            table,
+            self._rows(range(part.start, part.stop)),
+            model_output_uncond=uncond,
+            history=self._history[:n_slots, part] if n_slots else None,
+            seed=self._seeds[part] if draws else None,
+            sample_indices=self._sample_indices[part] if draws else None,
+            model_input_out=self._model_input[part],
+        )
+        for entry in entries:
+            entry.row += 1
+
+    def _rows(self, places: Iterable[int]) -> Tensor:
+        """int32: the rows that requests are at, in the table of all."""
+        _, offsets = self._table_of_all()
+        entries = [self._running[place] for place in places]
+        return self._upload([offsets[id(entry.packed)] + entry.row for entry in entries], torch.int32)
+
+    def _table_of_all(self) -> tuple[DeviceTable, dict[int, int]]:
+        if self._joined is None:
+            tables = {id(entry.packed): entry.packed for entry in self._running}
+            width = max(packed.rows.floats.shape[1] for packed in tables.values())
+            floats = [F.pad(packed.rows.floats, (0, width - packed.rows.floats.shape[1])) for packed in tables.values()]
+            lengths = [len(packed.table) for packed in tables.values()]
+            joined = DeviceTable(torch.cat(floats), torch.cat([packed.rows.integers for packed in tables.values()]))
+            self._joined = joined, dict(zip(tables, itertools.accumulate(lengths[:-1], initial=0)))
+            if width - HISTORY_OFFSET > len(self._history):
+                history = self._allocate_history(width - HISTORY_OFFSET)
+                history[: len(self._history)].copy_(self._history)
+                self._history = history
+        return self._joined
+
+    def _allocate_history(self, n_slots: int) -> Tensor:
+        """[K, capacity, C, *spatial], each slot laid out as the state."""
+        slots = empty((n_slots * self.capacity, *self.shape), torch.float32, self.device, channels_last=True)
+        return slots.unflatten(0, (n_slots, self.capacity))
+
+    def _upload(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A small tensor on the device, without waiting for it."""
+        value = torch.tensor(values, dtype=dtype)
+        return value.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else value

@@ -1,0 +1,88 @@
+"""What the engine is asked for, and the step table that each request walks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from fastdiff import solvers
+from fastdiff.kernels.device_table import DeviceTable
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.table import StepTable
+
+# tables that are kept for requests to come
+MAX_TABLES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sample to draw. Its options mean what they mean to `fastdiff.Sampler`.
+
+    Attributes:
+        seed, sample_index: the noise is that of `Sampler.sample((1, ...), seed=seed, sample_indices=[sample_index])`.
+        guidance_scale: None for one place in a model call, a number for two.
+        model_kwargs, uncond_kwargs: tensors [1, ...], of the same names, shapes and dtypes in all requests of one
+            engine; other values must be equal in all of them.
+    """
+
+    solver: str | StepTable = "dpmpp_2m"
+    num_inference_steps: int | None = None
+    solver_options: Mapping[str, Any] = field(default_factory=dict)
+    timestep_spacing: str = "trailing"
+    sigma_spacing: str | None = None
+    clip_sample: float | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    seed: int = 0
+    sample_index: int = 0
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    uncond_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Packed(NamedTuple):
+    """A table on the host and on the device."""
+
+    table: StepTable
+    rows: DeviceTable
+
+
+class RequestTables:
+    """Builds the tables of requests, and keeps those of the last MAX_TABLES kinds."""
+
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str, device: torch.device) -> None:
+        self.schedule, self.prediction_type, self.device = schedule, prediction_type, device
+        self._kept: OrderedDict[str, Packed] = OrderedDict()
+
+    def table_of(self, request: Request) -> Packed:
+        """Raises ValueError where the request's options have no walk, or not one that starts from noise."""
+        options = {
+            "timestep_spacing": request.timestep_spacing,
+            "sigma_spacing": request.sigma_spacing,
+            "clip_sample": request.clip_sample,
+            "guidance_scale": request.guidance_scale,
+            "guidance_interval": request.guidance_interval,
+            **request.solver_options,
+        }
+        steps = request.num_inference_steps
+        if isinstance(request.solver, StepTable):
+            packed = Packed(request.solver, request.solver.to(self.device))
+        elif steps is None:
+            raise ValueError(f"num_inference_steps is needed with solver {request.solver!r}")
+        else:
+            key = repr((request.solver, steps, sorted(options.items())))
+            if key not in self._kept:
+                table = solvers.build(
+                    request.solver, self.schedule, steps, prediction_type=self.prediction_type, **options
+                )
+                self._kept[key] = Packed(table, table.to(self.device))
+            self._kept.move_to_end(key)
+            while len(self._kept) > MAX_TABLES:
+                self._kept.popitem(last=False)
+            packed = self._kept[key]
+        if packed.table.start[1] == 0 or packed.table.keeps_known:
+            raise ValueError(f"solver {request.solver!r} starts from an image or keeps one: a request has none")
+        return packed
