@@ -7,9 +7,11 @@ than either varies within itself. So the unit is a block of successive samples:
    call only ever makes it slower, and the disturbed calls of a block are rarely three quarters of it.
 2. A run's time is the median of its blocks' times. Its standard error comes from their spread (median absolute
    deviation) and grows with the correlation of neighbouring blocks, which is what drift looks like from within.
-3. `DRIFT` stands for what differs between any two runs, and cannot be seen within one.
-4. A change is real if it is larger than `LEAST` and than `ERRORS` standard errors of the difference. If even a change
-   of `WANTED` would not be, the row is too noisy to tell, and says so.
+3. Two runs differ by something that neither shows within itself: `DRIFT` stands for it, and the probe, always the same
+   work, tells what the machine has become in between. What other processes took from the run (`waited`) may be
+   in its times or not.
+4. A change is real if it is larger than all of these: `LEAST`, `ERRORS` standard errors, `MARGIN` times the change of
+   the probe, and the shares that both runs waited. If a change of `WANTED` would not be, the row is too noisy to tell.
 
 A median absolute deviation of few blocks is itself uncertain; `_widening` makes up for it.
 """
@@ -17,8 +19,9 @@ A median absolute deviation of few blocks is itself uncertain; `_widening` makes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +29,7 @@ from benchmarks import store
 
 BLOCKS, LEAST_IN_BLOCK = 20, 4
 LEAST, WANTED = 0.03, 0.05
-ERRORS, DRIFT = 3.5, 0.004
+ERRORS, DRIFT, MARGIN = 3.5, 0.004, 1.5
 MOST_CORRELATION = 0.9
 # of a normal distribution: standard deviation over median absolute deviation, and error of a median over a mean's
 MAD_TO_DEVIATION, MEDIAN_LOSS = 1.4826, 1.2533
@@ -92,23 +95,36 @@ def _widening(count: int) -> float:
     return 1 + 4 / count
 
 
-def judge(key: str, before: Sequence[float], after: Sequence[float]) -> Change:
-    """Compare the samples of one row, in milliseconds and in the order in which they were taken."""
-    one, other = locate(before), locate(after)
-    difference = other.log_ms - one.log_ms
-    least = max(math.log1p(LEAST), ERRORS * math.sqrt(one.error**2 + other.error**2 + 2 * DRIFT**2))
+def judge(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
+    """Compare two records of one row: their samples_ms in the order they were taken, probe_ms and waited if known."""
+    runs = [locate(record["samples_ms"]) for record in (before, after)]
+    difference = runs[1].log_ms - runs[0].log_ms
+    least = max(
+        math.log1p(LEAST),
+        ERRORS * math.sqrt(runs[0].error ** 2 + runs[1].error ** 2 + 2 * DRIFT**2),
+        MARGIN * _machine_change(before, after),
+        (before.get("waited") or 0.0) + (after.get("waited") or 0.0),
+    )
     if abs(difference) > least:
         verdict = "slower" if difference > 0 else "faster"
     else:
         verdict = "too noisy" if least > math.log1p(WANTED) else "same"
     return Change(
         key=key,
-        before_ms=math.exp(one.log_ms),
-        after_ms=math.exp(other.log_ms),
+        before_ms=math.exp(runs[0].log_ms),
+        after_ms=math.exp(runs[1].log_ms),
         ratio=math.exp(difference),
         least=math.expm1(least),
         verdict=verdict,
     )
+
+
+def _machine_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """How much faster or slower the probe was, as the absolute logarithm; 0 where it was not timed."""
+    probes = [record.get("probe_ms") or () for record in (before, after)]
+    if min(map(len, probes)) < 3:
+        return 0.0
+    return abs(locate(probes[1]).log_ms - locate(probes[0]).log_ms)
 
 
 def compare(before: store.Report, after: store.Report) -> list[Change]:
@@ -116,9 +132,9 @@ def compare(before: store.Report, after: store.Report) -> list[Change]:
     changes = []
     for key in before["rows"]:
         records = [store.newest(report, key, status="done") for report in (before, after)]
-        samples = [record["samples_ms"] for record in records if record is not None and "samples_ms" in record]
-        if len(samples) == 2:
-            changes.append(judge(key, *samples))
+        timed = [record for record in records if record is not None and "samples_ms" in record]
+        if len(timed) == 2:
+            changes.append(judge(key, *timed))
     if not changes:
         raise ValueError("the two files have no measured row in common")
     return changes

@@ -18,7 +18,7 @@ try:
 except ImportError:
     AVAILABLE = False
 
-BLOCK_SIZE, NUM_WARPS = 1024, 4
+BLOCK_SIZE, NUM_WARPS = 256, 4
 CHAINS, UNROLLED, ITERATIONS = 8, 16, 512
 # waves of programs on every multiprocessor, so that the last one costs little
 PROGRAMS_PER_PROCESSOR = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,15 @@ class Measurement:
     Attributes:
         samples_ms: milliseconds of each, in their order.
         probe_ms: of the probe, in between.
-        cpu_share: processor seconds that this process got for each second of measuring: less than usual, and others
-            had the processor in between.
+        waited: seconds that threads of this process were kept from running by others, for each second of measuring;
+            None where the system does not tell.
         images: made by a call, None where the word means nothing.
         peak_memory_mib: the most that tensors held on a GPU during the calls, None on a CPU.
     """
 
     samples_ms: Sequence[float]
     probe_ms: Sequence[float] = ()
-    cpu_share: float | None = None
+    waited: float | None = None
     images: int | None = None
     peak_memory_mib: float | None = None
 
@@ -59,8 +60,8 @@ class Measurement:
         }
         if self.probe_ms:
             figures["probe_ms"] = [float(f"{sample:.5g}") for sample in self.probe_ms]
-        if self.cpu_share is not None:
-            figures["cpu_share"] = round(self.cpu_share, 4)
+        if self.waited is not None:
+            figures["waited"] = round(self.waited, 5)
         if self.images is not None:
             figures["images_per_s"] = 1e3 * self.images / self.median_ms
         if self.peak_memory_mib is not None:
@@ -88,6 +89,32 @@ class Probe:
     def __call__(self) -> None:
         torch.mm(self._a, self._b, out=self._product)
         self._copy.copy_(self._source)
+
+
+class _Waited:
+    """What the scheduler kept this process's threads waiting for a processor, since it was made."""
+
+    def __init__(self) -> None:
+        self._waited, self._started = self._seconds(), time.perf_counter()
+
+    @staticmethod
+    def _seconds() -> float | None:
+        # Linux: nanoseconds run, nanoseconds waited, slices
+        files = list(Path("/proc/self/task").glob("*/schedstat"))
+        if not files:
+            return None
+        try:
+            return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+        except (OSError, IndexError, ValueError):
+            return None
+
+    def share(self) -> float | None:
+        """For each second since it was made."""
+        now = self._seconds()
+        if now is None or self._waited is None:
+            return None
+        # a thread that has ended took its count with it
+        return max(0.0, now - self._waited) / (time.perf_counter() - self._started)
 
 
 def synchronize(device: torch.device) -> None:
@@ -149,7 +176,8 @@ def measure(
     samples: list[float] = []
     probes: list[float] = []
     total = probed = 0.0
-    started, cpu_started = time.perf_counter(), time.process_time()
+    waited = _Waited()
+    started = time.perf_counter()
     while not _enough(len(samples), MAX_REPEATS, started, seconds):
         samples.append(once())
         total += samples[-1]
@@ -158,11 +186,11 @@ def measure(
                 break
             probes.append(time_once(probe, device))  # type: ignore[arg-type]
             probed += probes[-1]
-    cpu_share = (time.process_time() - cpu_started) / (time.perf_counter() - started)
+    share = waited.share()
     peak = None
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device) / 2**20 - (probe.memory_mib if probe is not None else 0.0)
-    return Measurement(samples_ms=samples, probe_ms=probes, cpu_share=cpu_share, images=images, peak_memory_mib=peak)
+    return Measurement(samples_ms=samples, probe_ms=probes, waited=share, images=images, peak_memory_mib=peak)
 
 
 def interleave(
@@ -184,17 +212,16 @@ def interleave(
     for call in everything.values():
         _warm_up(lambda call=call: time_once(call, device, flush), seconds)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in everything}
-    started, cpu_started, turns = time.perf_counter(), time.process_time(), 0
+    waited = _Waited()
+    started, turns = time.perf_counter(), 0
     while not _enough(turns, MAX_TURNS, started, seconds * len(calls)):
         for name in list(everything) if turns % 2 else reversed(everything):
             samples[name].append(_time_behind(flush, everything[name], device))
         turns += 1
-    cpu_share = (time.process_time() - cpu_started) / (time.perf_counter() - started)
+    share = waited.share()
     probes = samples["probe"] if probe is not None else []
     return {
-        name: Measurement(
-            samples_ms=[sample / divide for sample in samples[name]], probe_ms=probes, cpu_share=cpu_share
-        )
+        name: Measurement(samples_ms=[sample / divide for sample in samples[name]], probe_ms=probes, waited=share)
         for name in calls
     }
 

@@ -27,8 +27,8 @@ class Figures(TypedDict, total=False):
 
     section, workload, contender: what the tables are ordered by.
     ms, low_ms, high_ms, samples_ms: median, 10th and 90th percentile and all times of a call, in milliseconds.
-    probe_ms: times of the probe in between (`benchmarks.measurement.Probe`). cpu_share: what this process got of the
-        processor.
+    probe_ms: times of the probe in between (`benchmarks.measurement.Probe`). waited: share of the time that
+        other processes kept this one from running.
     error, tolerance: largest absolute difference from the reference relative to its largest value; what was accepted.
     flops, bytes: of a call. of_copy, of_matmul: shares of the measured ceilings that it reached.
     flop_floor_ms, byte_floor_ms, issue_floor_ms: what a call takes at least at those ceilings.
@@ -45,7 +45,7 @@ class Figures(TypedDict, total=False):
     high_ms: float
     samples_ms: list[float]
     probe_ms: list[float]
-    cpu_share: float
+    waited: float
     images_per_s: float
     ms_per_step: float
     error: float
