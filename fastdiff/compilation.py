@@ -115,7 +115,7 @@ class BlockwiseCompiled:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        kinds = set(map(type, repeated_blocks(model)))
+        kinds: set[Any] = set(map(type, repeated_blocks(model)))
         self._original = model
         self._twin = _sharing_copy(model, {})
         self._compiled = {kind: CompiledOrEager(kind.forward, **options) for kind in kinds}

@@ -7,7 +7,6 @@ image synthesis" (ADM).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fastdiff.unet_blocks import (
     CrossAttention,
     Downsample,
     GroupNormSiLU,
+    ModulationOf,
     ResidualBlock,
     SelfAttention,
     TimestepEmbedding,
@@ -32,8 +32,7 @@ __all__ = ["PRESETS", "UNet", "UNetConfig"]
 class UNetLayer(nn.Module):
     """One residual block, then self-attention and cross-attention where the configuration has them.
 
-    `forward(x, modulation, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W]; modulation is
-    that of the residual block.
+    `forward(x, modulation_of, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W].
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
@@ -51,8 +50,8 @@ class UNetLayer(nn.Module):
                 out_channels, config.cross_attention_dim, num_heads=num_heads, num_groups=num_groups, eps=eps
             )
 
-    def forward(self, x: Tensor, modulation: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
-        x = self.resnet(x, modulation)
+    def forward(self, x: Tensor, modulation_of: ModulationOf, encoder_hidden_states: Tensor | None) -> Tensor:
+        x = self.resnet(x, modulation_of)
         if self.attention is not None:
             x = self.attention(x)
         if self.cross_attention is not None:
@@ -63,8 +62,8 @@ class UNetLayer(nn.Module):
 class DownBlock(nn.Module):
     """The layers of one resolution on the way down, then the downsampling that leaves it (None at the last).
 
-    `forward(x, modulations, encoder_hidden_states)` -> the output of every layer and of the downsampling, in order:
-    each is a skip connection, and the last goes on. Takes a modulation for each of its residual blocks.
+    `forward(x, modulation_of, encoder_hidden_states)` -> the output of every layer and of the downsampling, in order:
+    each is a skip connection, and the last goes on.
     """
 
     def __init__(self, layers: list[UNetLayer], downsample: nn.Module | None) -> None:
@@ -72,20 +71,20 @@ class DownBlock(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, modulations: Iterator[Tensor], encoder_hidden_states: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, modulation_of: ModulationOf, encoder_hidden_states: Tensor | None) -> list[Tensor]:
         outputs = []
         for layer in self.layers:
-            x = layer(x, next(modulations), encoder_hidden_states)
+            x = layer(x, modulation_of, encoder_hidden_states)
             outputs.append(x)
         if self.downsample is not None:
-            outputs.append(_resampled(self.downsample, x, modulations))
+            outputs.append(self.downsample(x, modulation_of))
         return outputs
 
 
 class UpBlock(nn.Module):
     """The layers of one resolution on the way up, each fed one skip, then the upsampling (None at the last).
 
-    `forward(x, skips, modulations, encoder_hidden_states)` -> Tensor; takes what it needs off the end of `skips`.
+    `forward(x, skips, modulation_of, encoder_hidden_states)` -> Tensor; takes what it needs off the end of `skips`.
     """
 
     def __init__(self, layers: list[UNetLayer], upsample: nn.Module | None) -> None:
@@ -97,22 +96,30 @@ class UpBlock(nn.Module):
         self,
         x: Tensor,
         skips: list[Tensor],
-        modulations: Iterator[Tensor],
+        modulation_of: ModulationOf,
         encoder_hidden_states: Tensor | None,
     ) -> Tensor:
         for layer in self.layers:
-            x = layer(torch.cat([x, skips.pop()], dim=1), next(modulations), encoder_hidden_states)
-        return x if self.upsample is None else _resampled(self.upsample, x, modulations)
+            x = layer(torch.cat([x, skips.pop()], dim=1), modulation_of, encoder_hidden_states)
+        return x if self.upsample is None else self.upsample(x, modulation_of)
 
 
-def _resampled(module: nn.Module, x: Tensor, modulations: Iterator[Tensor]) -> Tensor:
-    return module(x, next(modulations)) if isinstance(module, ResidualBlock) else module(x)
+class _Precomputed:
+    """Hands out the parts of `UNet.time_modulation` [B, M] in the order in which the residual blocks ask."""
+
+    def __init__(self, modulation: Tensor) -> None:
+        self._rest = modulation
+
+    def __call__(self, block: ResidualBlock) -> Tensor:
+        part, self._rest = self._rest.tensor_split((block.modulation_channels,), dim=1)
+        return part
 
 
 class UNet(nn.Module):
     """The U-Net of the DDPM and ADM family. Weights are channels-last, and so is the output for any input layout.
 
-    `null_class`: the label that means "no class" (num_classes), or None for a model without it.
+    `null_class`: the label that means "no class" (num_classes), or None for a model without it. `modulation_channels`:
+    those of `time_modulation`.
     """
 
     # for fastdiff.compilation.repeated_blocks
@@ -165,6 +172,8 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv_out = zero_init(nn.Conv2d(channels, config.out_channels, kernel_size=3, padding=1))
+        blocks = (module for module in self.modules() if isinstance(module, ResidualBlock))
+        self.modulation_channels = sum(block.modulation_channels for block in blocks)
         # The layout of a conv's weight decides that of its output, even for an input in NCHW.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to the types of torch 2.11
 
@@ -209,31 +218,29 @@ class UNet(nn.Module):
         """
         self._validate_inputs(x, t, class_labels, encoder_hidden_states)
         self._validate_condition(x, condition)
+        modulation_of: ModulationOf
         if modulation is None:
             embedding = self._embedding(t, class_labels)
-            modulations = iter([block.modulation(embedding) for block in self._residual_blocks()])
+
+            def modulation_of(block: ResidualBlock) -> Tensor:
+                return block.modulation(embedding)
+
+        elif modulation.shape != (x.shape[0], self.modulation_channels):
+            expected = [x.shape[0], self.modulation_channels]
+            raise ValueError(f"modulation must have shape {expected}, got {list(modulation.shape)}")
         else:
-            if modulation.shape != (x.shape[0], self.modulation_channels):
-                expected = [x.shape[0], self.modulation_channels]
-                raise ValueError(f"modulation must have shape {expected}, got {list(modulation.shape)}")
-            sizes = [block.modulation_channels for block in self._residual_blocks()]
-            modulations = iter(modulation.split(sizes, dim=1))
+            modulation_of = _Precomputed(modulation)
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
-            skips += block(skips[-1], modulations, encoder_hidden_states)
+            skips += block(skips[-1], modulation_of, encoder_hidden_states)
         h = skips[-1]
         for layer in self.mid_layers:
-            h = layer(h, next(modulations), encoder_hidden_states)
+            h = layer(h, modulation_of, encoder_hidden_states)
         for block in self.up_blocks:
-            h = block(h, skips, modulations, encoder_hidden_states)
+            h = block(h, skips, modulation_of, encoder_hidden_states)
         return self.conv_out(self.norm_out(h))
-
-    @property
-    def modulation_channels(self) -> int:
-        """Channels of `time_modulation`."""
-        return sum(block.modulation_channels for block in self._residual_blocks())
 
     def time_modulation(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """All that the network makes of timesteps t [N] and class_labels [N]: [N, modulation_channels].
@@ -241,7 +248,9 @@ class UNet(nn.Module):
         It does not depend on the images: a sampler asks for all its steps at once, and `forward` takes a step's part.
         """
         embedding = self._embedding(t, class_labels)
-        return torch.cat([block.modulation(embedding) for block in self._residual_blocks()], dim=1)
+        # they run in the order of their registration
+        blocks = (module for module in self.modules() if isinstance(module, ResidualBlock))
+        return torch.cat([block.modulation(embedding) for block in blocks], dim=1)
 
     def _embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """[N, 4 * model_channels], with the SiLU that every residual block starts with: once is enough."""
@@ -252,18 +261,6 @@ class UNet(nn.Module):
             else:
                 embedding = embedding + self.class_embedding(class_labels)
         return F.silu(embedding)
-
-    def _residual_blocks(self) -> Iterator[ResidualBlock]:
-        """In the order in which they run."""
-        for down in self.down_blocks:
-            yield from (layer.resnet for layer in down.layers)
-            if isinstance(down.downsample, ResidualBlock):
-                yield down.downsample
-        yield from (layer.resnet for layer in self.mid_layers)
-        for up in self.up_blocks:
-            yield from (layer.resnet for layer in up.layers)
-            if isinstance(up.upsample, ResidualBlock):
-                yield up.upsample
 
     def _validate_inputs(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None, encoder_hidden_states: Tensor | None

@@ -7,6 +7,7 @@ as `[B, H*W, C]` without a copy. Layers return channels-last for channels-last i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fastdiff.kernels.group_norm import group_norm_silu
 
 MAX_PERIOD = 10_000.0
+ModulationOf = Callable[["ResidualBlock"], Tensor]
 
 
 class TimestepEmbedding(nn.Module):
@@ -92,9 +94,10 @@ def resize(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input (DDPM, appendix B).
 
-    `forward(x, modulation)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double the size with
-    `resample`. `modulation(embedding)`: embedding [B, embedding_channels] with its SiLU already applied -> [B, M], with
-    M = `modulation_channels`; it does not depend on x, so that it can be had for all timesteps at once.
+    `forward(x, modulation_of)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double the size with
+    `resample`. `modulation_of(self)` gives `self.modulation(embedding)` [B, modulation_channels], with an embedding
+    [B, embedding_channels] that has been through its SiLU: it does not depend on x and can be had for all timesteps at
+    once.
 
     With `use_scale_shift_norm` the embedding scales and shifts the second norm (ADM, "adaptive group normalization")
     instead of being added before it. The second conv starts at zero, so that the block starts as its shortcut.
@@ -136,7 +139,8 @@ class ResidualBlock(nn.Module):
         bias = None if self.use_scale_shift_norm else _left_bias(self.conv1)
         return modulation if bias is None else modulation + bias
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
+        modulation = modulation_of(self)
         h = self.norm1(x)
         if self.resample is not None:
             h, x = resize(h, self.resample), resize(x, self.resample)
@@ -197,8 +201,9 @@ class CrossAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided 3x3 conv.
 
-    `forward(x)`: x [B, C, H, W] -> [B, C, H/2, W/2]. `padding=0` pads right and bottom only, as the TensorFlow code of
-    DDPM does ("SAME"); 1 pads all four sides.
+    `forward(x, modulation_of)`: x [B, C, H, W] -> [B, C, H/2, W/2]; the second argument is unused, so that a
+    ResidualBlock can take this place. `padding=0` pads right and bottom only, as the TensorFlow code of DDPM does
+    ("SAME"); 1 pads all four sides.
     """
 
     def __init__(self, channels: int, *, padding: int) -> None:
@@ -206,21 +211,21 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
         self.pad_right_bottom = padding == 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_right_bottom else x)
 
 
 class Upsample(nn.Module):
     """Double height and width by nearest neighbour, then a 3x3 conv.
 
-    `forward(x)`: x [B, C, H, W] -> [B, C, 2H, 2W].
+    `forward(x, modulation_of)`: x [B, C, H, W] -> [B, C, 2H, 2W]; the second argument is unused, as in Downsample.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
         return self.conv(resize(x, "up"))
 
 
@@ -239,8 +244,9 @@ def _left_bias(conv: nn.Module) -> Tensor | None:
 
     That is where somebody watches the conv with hooks or has put another module in its place, an adapter for one.
     """
-    plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
-    return conv.bias if plain else None
+    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+        return None
+    return conv.bias
 
 
 def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
