@@ -144,7 +144,7 @@ def _first_paragraph(message: str) -> str:
         lines.pop(0)
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), lines)).strip()
     # a dataclass that refuses its values is reported under the name of its class
-    sentence = re.sub(r"^Error parsing ((Sample|Train|ProfileSample|ProfileTrain): )?", "", sentence)
+    sentence = re.sub(r"^Error parsing ((Sample|Train|what): )?", "", sentence)
     return sentence.rstrip(".") or "the arguments could not be read"
 
 
@@ -209,8 +209,6 @@ def _train(command: Train) -> int:
 
 
 def _profile(command: ProfileSample | ProfileTrain) -> int:
-    # its collector reports a machine without a GPU as an error
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from fastdiff.profile_run import profile_sampling, profile_training
 
     report = profile_sampling(command) if isinstance(command, ProfileSample) else profile_training(command)

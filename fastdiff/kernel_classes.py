@@ -46,7 +46,7 @@ _OPERATOR_RULES = (
             " alias detach lift_fresh view_as unfold diagonal broadcast_tensors broadcast_to set"
             " empty empty_like empty_strided new_empty new_empty_strided resize resize_as"
             " to contiguous type_as float resolve_conj resolve_neg result_type can_cast size stride is_nonzero"
-            " matmul einsum dropout layer_norm group_norm conv1d conv2d conv3d requires_grad"
+            " matmul einsum quantile dropout layer_norm group_norm conv1d conv2d conv3d requires_grad"
             " _nnpack_available _fused_sdp_choice _assert_tensor_metadata _has_compatible_shallow_copy_type"
         ),
     ),
@@ -70,7 +70,7 @@ _OPERATOR_RULES = (
         "reduction",
         _named(
             "sum sum_to_size mean var std var_mean std_mean amax amin aminmax _aminmax max min any all prod norm"
-            " linalg_vector_norm cumsum cumprod sort topk argmax argmin argsort quantile logsumexp nonzero equal"
+            " linalg_vector_norm cumsum cumprod sort topk argmax argmin argsort logsumexp nonzero equal"
         ),
     ),
     ("fastdiff", r"^fastdiff::"),
@@ -91,7 +91,7 @@ _KERNEL_RULES = (
     ("elementwise", r"triton_\w*fused|cpp_fused"),
     # This package's.
     ("group_norm", r"^_(group_norm\w*|moments|normalise|backward_(sums|dx))_kernel$"),
-    ("fastdiff", r"^_(q_sample|p_sample|mse|solver_step|normal|uniform_words)_kernel$"),
+    ("fastdiff", r"^_(q_sample|p_sample|mse|solver_step|normal|uniform)_kernel$"),
     # Libraries. Layout first: cuDNN converts by kernels that name convolution types.
     ("copy", r"(nchw|nhwc|chw|hwc)\w*To\w*(nchw|nhwc|chw|hwc)|\b(memcpy|memset)\b|nhwcAddPadding|nchwAddPadding"),
     ("copy", r"genericTranspose|batched_transpose|transpose_?(kernel|warp|readWrite)|tensorTransform"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 import shutil
 import statistics
 import time
@@ -89,6 +90,9 @@ def profile_calls(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     device = torch.device(device)
+    if not torch.cuda.is_available():
+        # torch's collector reports that as an error whenever it starts
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     for _ in range(warmup):
         call()
     samples = [_seconds(call, device) for _ in range(repeats)]
@@ -185,7 +189,7 @@ def _memory(call: Callable[[], object], device: torch.device) -> tuple[int | Non
         _synchronise(device)
         peak = torch.cuda.max_memory_allocated(device)
         return peak, torch.cuda.max_memory_reserved(device), peak - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     changes = [(e.start_ns(), e.nbytes()) for e in _raw_events(profiler) if e.name() == "[memory]"]
     allocated = peak = 0

@@ -62,8 +62,10 @@ class ProfileSampleConfig:
     """Walks that are timed, and again as many that are profiled, after the warm-up."""
 
     def __post_init__(self) -> None:
-        if type(self.repeats) is not int or self.repeats < 1:
-            raise ValueError(f"repeats must be an integer of at least 1, got {self.repeats!r}")
+        for name in ("repeats", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.model is not None and self.model not in PRESETS:
             raise ValueError(f"model must be None or one of {', '.join(PRESETS)}, got {self.model!r}")
         if self.model is not None and self.checkpoint is not None:

@@ -133,7 +133,7 @@ OPERATORS = {
     "attention": "_scaled_dot_product_flash_attention_for_cpu scaled_dot_product_attention _softmax",
     "group_norm": "native_group_norm native_group_norm_backward native_layer_norm",
     "elementwise": "add add_ mul silu silu_backward sigmoid rsqrt where lerp_ clamp gelu",
-    "reduction": "sum mean var_mean linalg_vector_norm aminmax quantile",
+    "reduction": "sum mean var_mean linalg_vector_norm aminmax topk",
     "resize": "upsample_nearest2d upsample_nearest2d_backward avg_pool2d constant_pad_nd",
     "copy": "copy_ _to_copy clone cat fill_ zero_ zeros index_select embedding arange _local_scalar_dense",
     "random": "randn normal_ bernoulli_ native_dropout",
