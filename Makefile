@@ -1,4 +1,5 @@
 # make demo   samples digits with the packaged model
+# make bench  measures speed and writes its report to BENCH_OUT; again, and it goes on where it ended
 # make test   lint, types, and the whole test suite; TORCH=2.11.0 runs it on that version of torch
 PYTHON ?= python3
 TORCH ?=
@@ -6,15 +7,19 @@ VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 TORCH_PIN := $(if $(TORCH),torch==$(TORCH))
 DEMO_OUT ?= digits.png
+BENCH_OUT ?= bench-report
+# such as BENCH_FLAGS="--quick --device cpu"
+BENCH_FLAGS ?=
 # Each worker takes whole files and one thread.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest clean
+.PHONY: help demo bench test lint types pytest clean
 
 help:
 	@echo "make demo    install into $(VENV) and sample digits with the packaged model"
+	@echo "make bench   measure speed into $(BENCH_OUT), minutes at a time: run it again until nothing is open"
 	@echo "make test    lint, types and all tests (TORCH=2.11.0 for the oldest supported torch)"
 	@echo "make clean   remove environments and caches"
 
@@ -33,8 +38,16 @@ $(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[test]" $(TORCH_PIN)
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-bench: $(BIN)/python pyproject.toml setup.py
+	@echo "installing fastdiff[bench] into $(VENV) (torch brings about 5 GB of CUDA libraries; they also run without a GPU)"
+	$(BIN)/python -m pip install --quiet --editable ".[bench]" $(TORCH_PIN)
+	@touch $@ $(VENV)/.installed
+
 demo: $(VENV)/.installed
 	$(BIN)/fastdiff sample --out $(DEMO_OUT)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks all --out $(BENCH_OUT) $(BENCH_FLAGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

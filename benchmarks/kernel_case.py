@@ -153,7 +153,7 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
         for name in CONTENDERS:
             try:
                 figures: Figures = {"tolerance": case.tolerance}
-                prepare = _prepare(case, name)
+                prepare = prepare_contender(case, name)
                 started = time.perf_counter()
                 # in-place work must not change what the others are checked with
                 inputs = {key: value.clone() for key, value in sets[0].items()}
@@ -182,7 +182,8 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
     return found
 
 
-def _prepare(case: KernelCase, name: str) -> Callable[[Inputs], Callable[[], Outputs]]:
+def prepare_contender(case: KernelCase, name: str) -> Callable[[Inputs], Callable[[], Outputs]]:
+    """What makes the call of a contender ("fastdiff" | "eager" | "compiled") for a set of inputs."""
     if name == "fastdiff":
         return case.ours
     formula = case.formula if name == "eager" else torch.compile(case.formula, dynamic=False)
