@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.kernels.checks import FLOAT_DTYPES, check_tensor
-from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
+from fastdiff.kernels.dispatch import device_guard, tl, triton, use_triton
 from fastdiff.kernels.group_norm_backward import group_norm_silu_backward_op
 from fastdiff.kernels.group_norm_plan import MAX_GROUP, channel_rows, choose_plan, multiprocessors_of
+from fastdiff.kernels.group_norm_split import _group_norm_moments_kernel, _group_norm_normalise_kernel
 from fastdiff.kernels.group_tile import affine, load_row, silu_of, spread_groups, sum_groups
 from fastdiff.kernels.layout import empty, is_channels_last, sample_extent
 
@@ -76,134 +77,6 @@ def _group_norm_kernel(
     tl.store(rstd_ptr + b * (CHANNELS // GROUP) + group, rstd, mask=owned)
 
 
-@triton.jit
-def _moments_kernel(
-    x_ptr,
-    channel_bias_ptr,
-    moments_ptr,
-    positions,
-    chunks,
-    stride_xb,
-    stride_cb,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Mean and sum of squares around it of each group in a chunk of positions, [B, chunks, 2, groups]."""
-    b = (tl.program_id(0) // (chunks * BLOCKS)).to(tl.int64)
-    chunk = tl.program_id(0) // BLOCKS % chunks
-    block = tl.program_id(0) % BLOCKS
-    lane, row = tl.arange(0, LANES), chunk * (ROWS * STEPS) + tl.arange(0, ROWS)
-    channel = block * (GROUPS * GROUP) + lane
-    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
-    x_ptr += b * stride_xb
-    # every element of the tile keeps the moments of what passed it (Welford): no shift that an outlier could spoil
-    mean = tl.zeros([ROWS, LANES], tl.float32)
-    m2 = tl.zeros([ROWS, LANES], tl.float32)
-    if channel_bias_ptr is not None:
-        shift = load_row(channel_bias_ptr + b * stride_cb, channel, present)[None, :]
-    for step in range(STEPS):
-        inside = row + step * ROWS < positions
-        keep = inside[:, None] & present[None, :]
-        offset = (row + step * ROWS)[:, None] * CHANNELS + channel[None, :]
-        x = tl.load(x_ptr + offset, mask=keep, other=0.0).to(tl.float32)
-        if channel_bias_ptr is not None:
-            x += shift
-        delta = tl.where(inside[:, None], x - mean, 0.0)
-        mean = tl.fma(delta, 1.0 / (step + 1.0), mean)
-        m2 = tl.fma(delta, x - mean, m2)
-    # Chan: the moments of all elements around the mean of their group
-    count = tl.minimum(tl.maximum((positions - row + ROWS - 1) // ROWS, 0), STEPS).to(tl.float32)[:, None]
-    n = (tl.minimum(positions - chunk * (ROWS * STEPS), ROWS * STEPS) * GROUP).to(tl.float32)
-    group_mean = sum_groups(mean * count, GROUP, GROUPS, GROUPS_PADDED) / n
-    delta = mean - spread_groups(group_mean, GROUP, GROUPS, GROUPS_PADDED, LANES)[None, :]
-    m2 = tl.where(present[None, :], m2 + count * delta * delta, 0.0)
-    group_m2 = sum_groups(m2, GROUP, GROUPS, GROUPS_PADDED)
-    in_block = tl.arange(0, GROUPS_PADDED)
-    group = block * GROUPS + in_block
-    owned = (in_block < GROUPS) & (group < CHANNELS // GROUP)
-    moments_ptr += (b * chunks + chunk) * (2 * (CHANNELS // GROUP))
-    tl.store(moments_ptr + group, group_mean, mask=owned)
-    tl.store(moments_ptr + CHANNELS // GROUP + group, group_m2, mask=owned)
-
-
-@triton.jit
-def _normalise_kernel(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    bias_ptr,
-    channel_bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    moments_ptr,
-    mean_ptr,
-    rstd_ptr,
-    positions,
-    chunks,
-    stride_xb,
-    stride_cb,
-    stride_scale,
-    stride_shift,
-    eps,
-    SILU: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """The second pass: combines the chunks' moments (Chan et al. 1979), normalises one chunk."""
-    # from the end: what the first pass read last is still in the cache
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (program // (chunks * BLOCKS)).to(tl.int64)
-    chunk = program // BLOCKS % chunks
-    block = program % BLOCKS
-    n_groups: tl.constexpr = CHANNELS // GROUP
-    in_block = tl.arange(0, GROUPS_PADDED)
-    group = block * GROUPS + in_block
-    owned = (in_block < GROUPS) & (group < n_groups)
-    other = tl.arange(0, CHUNKS_PADDED)
-    moments_ptr += b * chunks * (2 * n_groups) + (other * (2 * n_groups))[:, None] + group[None, :]
-    means = tl.load(moments_ptr, mask=(other < chunks)[:, None] & owned[None, :], other=0.0)
-    m2s = tl.load(moments_ptr + n_groups, mask=(other < chunks)[:, None] & owned[None, :], other=0.0)
-    rows = tl.minimum(tl.maximum(positions - other * (ROWS * STEPS), 0), ROWS * STEPS).to(tl.float32)[:, None]
-    mean = tl.sum(means * rows, 0) / positions
-    delta = means - mean[None, :]
-    variance = tl.sum(m2s + delta * delta * (rows * GROUP), 0) / (positions * GROUP).to(tl.float32)
-    rstd = tl.rsqrt(variance + eps)
-    if chunk == 0:
-        tl.store(mean_ptr + b * n_groups + group, mean, mask=owned)
-        tl.store(rstd_ptr + b * n_groups + group, rstd, mask=owned)
-
-    lane, row = tl.arange(0, LANES), chunk * (ROWS * STEPS) + tl.arange(0, ROWS)
-    channel = block * (GROUPS * GROUP) + lane
-    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
-    centre = spread_groups(mean, GROUP, GROUPS, GROUPS_PADDED, LANES)
-    if channel_bias_ptr is not None:
-        centre -= load_row(channel_bias_ptr + b * stride_cb, channel, present)
-    factor, offset_z = affine(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, stride_scale, stride_shift, channel, present
-    )
-    factor *= spread_groups(rstd, GROUP, GROUPS, GROUPS_PADDED, LANES)
-    for step in range(STEPS):
-        keep = (row + step * ROWS < positions)[:, None] & present[None, :]
-        offset = (row + step * ROWS)[:, None] * CHANNELS + channel[None, :]
-        x = tl.load(x_ptr + b * stride_xb + offset, mask=keep, other=0.0).to(tl.float32)
-        z = tl.fma(x - centre[None, :], factor[None, :], offset_z[None, :])
-        y = silu_of(z) if SILU else z
-        tl.store(y_ptr + b * positions * CHANNELS + offset, y.to(y_ptr.dtype.element_ty), mask=keep)
-
-
 @torch.library.custom_op("fastdiff::group_norm_silu", mutates_args=())
 def _group_norm_silu_op(
     x: Tensor,
@@ -224,7 +97,7 @@ def _group_norm_silu_op(
     if not is_channels_last(x):
         x = empty(x.shape, x.dtype, x.device, channels_last=True).copy_(x)
     plan = choose_plan(batch, positions, channels, num_groups, x.element_size(), multiprocessors_of(x.device))
-    tile = plan.constants(channels, num_groups) | LAUNCH_OPTIONS
+    tile = plan.options(channels, num_groups)
     (channel_bias, stride_cb), (scale, stride_scale), (shift, stride_shift) = map(
         channel_rows, (channel_bias, scale, shift)
     )
@@ -236,10 +109,10 @@ def _group_norm_silu_op(
             _group_norm_kernel[grid](x, y, *rows, mean, rstd, positions, *strides, eps, SILU=silu, **tile)
         else:
             moments = torch.empty((batch, plan.chunks, 2, num_groups), dtype=torch.float32, device=x.device)
-            _moments_kernel[grid](
+            _group_norm_moments_kernel[grid](
                 x, channel_bias, moments, positions, plan.chunks, x.stride(0), stride_cb, STEPS=plan.steps, **tile
             )
-            _normalise_kernel[grid](
+            _group_norm_normalise_kernel[grid](
                 x,
                 y,
                 *rows,

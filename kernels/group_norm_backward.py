@@ -15,60 +15,18 @@ so only dx needs the plane once more. x, mean and rstd are saved, SiLU is recomp
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton
+from fastdiff.kernels.dispatch import device_guard, tl, triton
 from fastdiff.kernels.group_norm_plan import channel_rows, choose_plan, multiprocessors_of
-from fastdiff.kernels.group_tile import affine, load_row, sigmoid_of, spread_groups, sum_groups
+from fastdiff.kernels.group_norm_split import _group_norm_backward_dx_kernel, _group_norm_backward_sums_kernel
+from fastdiff.kernels.group_tile import (
+    affine,
+    gradient_of_z,
+    load_row,
+    spread_groups,
+    store_channel_gradients,
+    sum_groups,
+)
 from fastdiff.kernels.layout import empty, is_channels_last, sample_extent
-
-
-@triton.jit
-def _gradient_of_z(dy, xhat, factor, offset, SILU: tl.constexpr):
-    """dy * silu'(z)"""
-    if SILU:
-        z = tl.fma(xhat, factor, offset)
-        sigmoid = sigmoid_of(z)
-        return dy * (sigmoid * tl.fma(z, 1.0 - sigmoid, 1.0))
-    else:
-        return dy
-
-
-@triton.jit
-def _store_channel_gradients(
-    ptr,
-    stride_row,
-    s1,
-    s2,
-    s3,
-    m1,
-    m2,
-    rstd,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    positions,
-    channel,
-    present,
-    CHANNEL_BIAS: tl.constexpr,
-):
-    """The rows dbias, dweight, dshift and dscale if there is a scale, dchannel_bias if it is asked for."""
-    ptr += channel
-    weight = load_row(weight_ptr, channel, present)
-    factor = weight
-    if scale_ptr is not None:
-        scale = 1.0 + load_row(scale_ptr, channel, present)
-        factor *= scale
-        tl.store(ptr, scale * s1, mask=present)
-        tl.store(ptr + stride_row, scale * s2, mask=present)
-        tl.store(ptr + 2 * stride_row, s1, mask=present)
-        dscale = tl.fma(weight, s2, load_row(bias_ptr, channel, present) * s1)
-        tl.store(ptr + 3 * stride_row, dscale, mask=present)
-        ptr += 2 * stride_row
-    else:
-        tl.store(ptr, s1, mask=present)
-        tl.store(ptr + stride_row, s2, mask=present)
-    if CHANNEL_BIAS:
-        total = tl.fma(-m2, s3, tl.fma(factor, s1, -m1 * positions))
-        tl.store(ptr + 2 * stride_row, rstd * total, mask=present)
 
 
 @triton.jit
@@ -118,7 +76,7 @@ def _group_norm_backward_kernel(
     factor, offset = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, stride_scale, stride_shift, channel, present)
 
     xhat = tl.where(keep, (x - centre[None, :]) * rstd[None, :], 0.0)
-    dz = tl.where(keep, _gradient_of_z(dy, xhat, factor[None, :], offset[None, :], SILU), 0.0)
+    dz = tl.where(keep, gradient_of_z(dy, xhat, factor[None, :], offset[None, :], SILU), 0.0)
     s1, s2 = tl.sum(dz, 0), tl.sum(dz * xhat, 0)
     s3 = tl.sum(xhat, 0) if CHANNEL_BIAS else s1
     count = (positions * GROUP).to(tl.float32)
@@ -128,9 +86,7 @@ def _group_norm_backward_kernel(
     m2 = spread_groups(m2, GROUP, GROUPS, GROUPS_PADDED, LANES)
     dx = tl.fma(dz, (rstd * factor)[None, :], tl.fma(xhat, (-rstd * m2)[None, :], (-rstd * m1)[None, :]))
     tl.store(dx_ptr + b * positions * CHANNELS + i, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-    if scale_ptr is not None:
-        scale_ptr += b * stride_scale
-    _store_channel_gradients(
+    store_channel_gradients(
         gradients_ptr + b * CHANNELS,
         stride_gradients,
         s1,
@@ -142,182 +98,13 @@ def _group_norm_backward_kernel(
         weight_ptr,
         bias_ptr,
         scale_ptr,
+        b,
+        stride_scale,
         positions,
         channel,
         present,
         CHANNEL_BIAS,
     )
-
-
-@triton.jit
-def _backward_sums_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    channel_bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    channel_sums_ptr,
-    group_sums_ptr,
-    positions,
-    chunks,
-    stride_dyb,
-    stride_xb,
-    stride_cb,
-    stride_scale,
-    stride_shift,
-    SILU: tl.constexpr,
-    CHANNEL_BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """S1, S2 (and S3) of each channel in a chunk, [B, chunks, 3, C], and of each group, [B, chunks, 2, groups]."""
-    b = (tl.program_id(0) // (chunks * BLOCKS)).to(tl.int64)
-    chunk = tl.program_id(0) // BLOCKS % chunks
-    block = tl.program_id(0) % BLOCKS
-    n_groups: tl.constexpr = CHANNELS // GROUP
-    lane, row = tl.arange(0, LANES), chunk * (ROWS * STEPS) + tl.arange(0, ROWS)
-    channel = block * (GROUPS * GROUP) + lane
-    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
-    centre = load_row(mean_ptr + b * n_groups, channel // GROUP, present)
-    if channel_bias_ptr is not None:
-        centre -= load_row(channel_bias_ptr + b * stride_cb, channel, present)
-    rstd = load_row(rstd_ptr + b * n_groups, channel // GROUP, present)
-    factor, offset = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, stride_scale, stride_shift, channel, present)
-    sum1 = tl.zeros([ROWS, LANES], tl.float32)
-    sum2 = tl.zeros([ROWS, LANES], tl.float32)
-    sum3 = tl.zeros([ROWS, LANES], tl.float32)
-    for step in range(STEPS):
-        keep = (row + step * ROWS < positions)[:, None] & present[None, :]
-        i = (row + step * ROWS)[:, None] * CHANNELS + channel[None, :]
-        x = tl.load(x_ptr + b * stride_xb + i, mask=keep, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + b * stride_dyb + i, mask=keep, other=0.0).to(tl.float32)
-        xhat = (x - centre[None, :]) * rstd[None, :]
-        dz = tl.where(keep, _gradient_of_z(dy, xhat, factor[None, :], offset[None, :], SILU), 0.0)
-        sum1 += dz
-        sum2 = tl.where(keep, tl.fma(dz, xhat, sum2), sum2)
-        if CHANNEL_BIAS:
-            sum3 += tl.where(keep, xhat, 0.0)
-    s1, s2 = tl.sum(sum1, 0), tl.sum(sum2, 0)
-    channel_sums_ptr += (b * chunks + chunk) * (3 * CHANNELS) + channel
-    tl.store(channel_sums_ptr, s1, mask=present)
-    tl.store(channel_sums_ptr + CHANNELS, s2, mask=present)
-    if CHANNEL_BIAS:
-        tl.store(channel_sums_ptr + 2 * CHANNELS, tl.sum(sum3, 0), mask=present)
-    in_block = tl.arange(0, GROUPS_PADDED)
-    group = block * GROUPS + in_block
-    owned = (in_block < GROUPS) & (group < n_groups)
-    group_sums_ptr += (b * chunks + chunk) * (2 * n_groups) + group
-    tl.store(group_sums_ptr, sum_groups((factor * s1)[None, :], GROUP, GROUPS, GROUPS_PADDED), mask=owned)
-    tl.store(group_sums_ptr + n_groups, sum_groups((factor * s2)[None, :], GROUP, GROUPS, GROUPS_PADDED), mask=owned)
-
-
-@triton.jit
-def _backward_dx_kernel(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    weight_ptr,
-    bias_ptr,
-    channel_bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    channel_sums_ptr,
-    group_sums_ptr,
-    gradients_ptr,
-    positions,
-    chunks,
-    stride_gradients,
-    stride_dyb,
-    stride_xb,
-    stride_cb,
-    stride_scale,
-    stride_shift,
-    SILU: tl.constexpr,
-    CHANNEL_BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """The second pass: adds up the chunks' sums in their order, writes dx of one chunk."""
-    # from the end: what the first pass read last is still in the cache
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (program // (chunks * BLOCKS)).to(tl.int64)
-    chunk = program // BLOCKS % chunks
-    block = program % BLOCKS
-    n_groups: tl.constexpr = CHANNELS // GROUP
-    lane, row = tl.arange(0, LANES), chunk * (ROWS * STEPS) + tl.arange(0, ROWS)
-    channel = block * (GROUPS * GROUP) + lane
-    present = (lane < GROUPS * GROUP) & (channel < CHANNELS)
-    in_block, other = tl.arange(0, GROUPS_PADDED), tl.arange(0, CHUNKS_PADDED)
-    group = block * GROUPS + in_block
-    owned = (other < chunks)[:, None] & ((in_block < GROUPS) & (group < n_groups))[None, :]
-    group_sums_ptr += b * chunks * (2 * n_groups) + (other * (2 * n_groups))[:, None] + group[None, :]
-    count = (positions * GROUP).to(tl.float32)
-    m1 = tl.sum(tl.load(group_sums_ptr, mask=owned, other=0.0), 0) / count
-    m2 = tl.sum(tl.load(group_sums_ptr + n_groups, mask=owned, other=0.0), 0) / count
-    m1 = spread_groups(m1, GROUP, GROUPS, GROUPS_PADDED, LANES)
-    m2 = spread_groups(m2, GROUP, GROUPS, GROUPS_PADDED, LANES)
-
-    centre = load_row(mean_ptr + b * n_groups, channel // GROUP, present)
-    if channel_bias_ptr is not None:
-        centre -= load_row(channel_bias_ptr + b * stride_cb, channel, present)
-    rstd = load_row(rstd_ptr + b * n_groups, channel // GROUP, present)
-    factor, offset = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, stride_scale, stride_shift, channel, present)
-    for step in range(STEPS):
-        keep = (row + step * ROWS < positions)[:, None] & present[None, :]
-        i = (row + step * ROWS)[:, None] * CHANNELS + channel[None, :]
-        x = tl.load(x_ptr + b * stride_xb + i, mask=keep, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + b * stride_dyb + i, mask=keep, other=0.0).to(tl.float32)
-        xhat = (x - centre[None, :]) * rstd[None, :]
-        dz = _gradient_of_z(dy, xhat, factor[None, :], offset[None, :], SILU)
-        dx = tl.fma(dz, (rstd * factor)[None, :], tl.fma(xhat, (-rstd * m2)[None, :], (-rstd * m1)[None, :]))
-        tl.store(dx_ptr + b * positions * CHANNELS + i, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-
-    if chunk == 0:
-        every = (other < chunks)[:, None] & present[None, :]
-        channel_sums_ptr += b * chunks * (3 * CHANNELS) + (other * (3 * CHANNELS))[:, None] + channel[None, :]
-        s1 = tl.sum(tl.load(channel_sums_ptr, mask=every, other=0.0), 0)
-        s2 = tl.sum(tl.load(channel_sums_ptr + CHANNELS, mask=every, other=0.0), 0)
-        s3 = s1
-        if CHANNEL_BIAS:
-            s3 = tl.sum(tl.load(channel_sums_ptr + 2 * CHANNELS, mask=every, other=0.0), 0)
-        if scale_ptr is not None:
-            scale_ptr += b * stride_scale
-        _store_channel_gradients(
-            gradients_ptr + b * CHANNELS,
-            stride_gradients,
-            s1,
-            s2,
-            s3,
-            m1,
-            m2,
-            rstd,
-            weight_ptr,
-            bias_ptr,
-            scale_ptr,
-            positions,
-            channel,
-            present,
-            CHANNEL_BIAS,
-        )
 
 
 @torch.library.custom_op("fastdiff::group_norm_silu_backward", mutates_args=())
@@ -347,7 +134,7 @@ def group_norm_silu_backward_op(
         for value in (dy, x)
     )
     plan = choose_plan(batch, positions, channels, num_groups, x.element_size(), multiprocessors_of(x.device), 2)
-    tile = plan.constants(channels, num_groups) | LAUNCH_OPTIONS
+    tile = plan.options(channels, num_groups)
     tile |= {"SILU": silu, "CHANNEL_BIAS": channel_bias_gradient}
     (channel_bias, stride_cb), (scale, stride_scale), (shift, stride_shift) = map(
         channel_rows, (channel_bias, scale, shift)
@@ -364,8 +151,10 @@ def group_norm_silu_backward_op(
             channel_sums = gradients.new_empty((batch, plan.chunks, 3, channels))
             group_sums = gradients.new_empty((batch, plan.chunks, 2, num_groups))
             sums = (channel_sums, group_sums)
-            _backward_sums_kernel[grid](dy, x, *rows, *sums, positions, plan.chunks, *strides, STEPS=plan.steps, **tile)
-            _backward_dx_kernel[grid](
+            _group_norm_backward_sums_kernel[grid](
+                dy, x, *rows, *sums, positions, plan.chunks, *strides, STEPS=plan.steps, **tile
+            )
+            _group_norm_backward_dx_kernel[grid](
                 dy,
                 x,
                 dx,

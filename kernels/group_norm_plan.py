@@ -20,10 +20,12 @@ samples of the batch, and a plan gives the same bits every time.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastdiff.kernels.dispatch import INTERPRET, LAUNCH_OPTIONS
 
 # Elements of a tile that stay in registers without spilling, at 16 warps.
 MAX_TILE = 16384
@@ -38,7 +40,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 DEFAULT_MULTIPROCESSORS = 132
 # Channels of a group beyond which no tile holds a row of them.
 MAX_GROUP = SPLIT_TILE
-SECTOR, LINE = 32, 128  # bytes that memory hands out at least, and of a cache line
+# Bytes of one access of a thread, of the least that memory hands out, and of a cache line.
+NARROWEST, SECTOR, LINE = 16, 32, 128
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Plan:
         lanes: their channels, padded to a power of two.
         blocks: programs side by side that cover all groups.
         chunks: programs that share the positions of a sample.
+        crowded: threads hold so much that the compiler may take more registers than two programs can have.
     """
 
     one_pass: bool
@@ -61,10 +65,15 @@ class Plan:
     steps: int
     chunks: int
     num_warps: int
+    crowded: bool = False
 
-    def constants(self, channels: int, num_groups: int) -> dict[str, int]:
+    def options(self, channels: int, num_groups: int) -> dict[str, Any]:
         """What the kernels are compiled for."""
+        # 8 warps of 128 registers are half of a multiprocessor
+        limit = {"maxnreg": 128} if self.crowded and not (INTERPRET or torch.version.hip) else {}
         return {
+            **LAUNCH_OPTIONS,
+            **limit,
             "CHANNELS": channels,
             "GROUP": channels // num_groups,
             "GROUPS": self.groups,
@@ -98,12 +107,18 @@ def choose_plan(
         alone = rows * width.lanes * itemsize * tensors > TILE_BYTES
         return idle, width.fetched_lanes, alone, -min(width.row_bytes, LINE), width.lanes
 
-    fitting = [width for width in widths if rows * width.lanes <= MAX_TILE]
+    fitting = [
+        width
+        for width in widths
+        if rows * width.lanes <= MAX_TILE and (width.row_bytes >= NARROWEST or width.blocks == 1)
+    ]
     if fitting:
         best = min(fitting, key=cost)
         if best.row_bytes >= SECTOR or batch * best.blocks <= multiprocessors:
-            num_warps = _num_warps(rows * best.lanes, itemsize, tensors)
-            return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, num_warps)
+            tile = rows * best.lanes
+            num_warps = _num_warps(tile, itemsize, tensors)
+            crowded = tile * tensors >= 64 * 32 * num_warps
+            return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, num_warps, crowded)
 
     narrow = [width for width in widths if width.lanes <= SPLIT_LANES] or widths[:1]
     best = min(narrow, key=lambda width: (width.fetched_lanes, -width.lanes))
@@ -112,9 +127,7 @@ def choose_plan(
     chunks = min(MAX_CHUNKS, tiles, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (batch * best.blocks)))
     steps = -(-tiles // chunks)
     chunks = -(-tiles // steps)
-    return Plan(
-        False, best.groups, best.lanes, best.blocks, rows, steps, chunks, _num_warps(SPLIT_TILE, itemsize, tensors)
-    )
+    return Plan(False, best.groups, best.lanes, best.blocks, rows, steps, chunks, 4 * tensors)
 
 
 @functools.cache

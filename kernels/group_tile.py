@@ -81,3 +81,55 @@ def silu_of(z):
 @triton.jit
 def sigmoid_of(z):
     return _divide(1.0, _one_plus_exp_minus(z))
+
+
+@triton.jit
+def gradient_of_z(dy, xhat, factor, offset, SILU: tl.constexpr):
+    """dy * silu'(z)"""
+    if SILU:
+        z = tl.fma(xhat, factor, offset)
+        sigmoid = sigmoid_of(z)
+        return dy * (sigmoid * tl.fma(z, 1.0 - sigmoid, 1.0))
+    else:
+        return dy
+
+
+@triton.jit
+def store_channel_gradients(
+    ptr,
+    stride_row,
+    s1,
+    s2,
+    s3,
+    m1,
+    m2,
+    rstd,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    b,
+    stride_scale,
+    positions,
+    channel,
+    present,
+    CHANNEL_BIAS: tl.constexpr,
+):
+    """The rows dbias, dweight, dshift and dscale if there is a scale, dchannel_bias if it is asked for."""
+    ptr += channel
+    weight = load_row(weight_ptr, channel, present)
+    factor = weight
+    if scale_ptr is not None:
+        scale = 1.0 + load_row(scale_ptr + b * stride_scale, channel, present)
+        factor *= scale
+        tl.store(ptr, scale * s1, mask=present)
+        tl.store(ptr + stride_row, scale * s2, mask=present)
+        tl.store(ptr + 2 * stride_row, s1, mask=present)
+        dscale = tl.fma(weight, s2, load_row(bias_ptr, channel, present) * s1)
+        tl.store(ptr + 3 * stride_row, dscale, mask=present)
+        ptr += 2 * stride_row
+    else:
+        tl.store(ptr, s1, mask=present)
+        tl.store(ptr + stride_row, s2, mask=present)
+    if CHANNEL_BIAS:
+        total = tl.fma(-m2, s3, tl.fma(factor, s1, -m1 * positions))
+        tl.store(ptr + 2 * stride_row, rstd * total, mask=present)
