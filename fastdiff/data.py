@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.philox import uniform_words
+from fastdiff.kernels.uniform import uniform_words
 
 SPLITS = ("train", "held_out")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -198,7 +198,7 @@ def _is_grey(path: Path) -> bool:
 def epoch_order(seed: int, epoch: int, length: int, *, device: torch.device | str = "cpu") -> Tensor:
     """The permutation int64 [length] in which `epoch` visits the set: samples sorted by a random 63-bit key each."""
     samples = torch.arange(length, device=device)
-    high, low, *_ = uniform_words(seed, samples, stream="order", draw=epoch)
+    high, low = uniform_words(seed, samples, stream="order", draw=epoch)[:2]
     return torch.argsort((high << 31) | (low >> 1), stable=True)
 
 
@@ -233,6 +233,6 @@ class BatchOrder:
 
 def random_flip(images: Tensor, *, seed: int, sample_indices: Tensor, epochs: Tensor) -> Tensor:
     """Mirror about half of `images` [B, C, H, W] left to right, chosen by (seed, sample index, epoch)."""
-    word, *_ = uniform_words(seed, sample_indices, stream="augment", draw=epochs)
+    word = uniform_words(seed, sample_indices, stream="augment", draw=epochs)[0]
     flip = word < 2**31
     return torch.where(flip[:, None, None, None], images.flip(-1), images)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.mse import mse
-from fastdiff.kernels.philox import uniform_words
 from fastdiff.kernels.q_sample import q_sample
+from fastdiff.kernels.uniform import uniform_words
 from fastdiff.schedule import NoiseSchedule
 
 WEIGHTINGS = ("uniform", "min_snr")
@@ -89,14 +89,14 @@ class DiffusionLoss:
 
     def timesteps(self, sample_indices: Tensor, epochs: Tensor) -> Tensor:
         """Uniform timesteps int64 [B] in [0, N)."""
-        word, *_ = uniform_words(self.seed, sample_indices, stream="timestep", draw=epochs)
+        word = uniform_words(self.seed, sample_indices, stream="timestep", draw=epochs)[0]
         return (word * self.schedule.num_train_timesteps) >> 32
 
     def drop_labels(self, labels: Tensor, sample_indices: Tensor, epochs: Tensor) -> Tensor:
         """Replace a fraction `label_dropout` of `labels` int64 [B] by the null class (Ho & Salimans 2022)."""
         if self.null_class is None or self.label_dropout == 0:
             return labels
-        word, *_ = uniform_words(self.seed, sample_indices, stream="label_dropout", draw=epochs)
+        word = uniform_words(self.seed, sample_indices, stream="label_dropout", draw=epochs)[0]
         return labels.masked_fill(word < round(self.label_dropout * 2**32), self.null_class)
 
     def __call__(

@@ -310,27 +310,3 @@ def normal(
     if use_triton(seed):
         return _normal_op(seed, sample_indices, draw, stream, list(shape), channels_last)
     return normal_ref(seed, sample_indices, draw, stream, shape, channels_last)
-
-
-def uniform_words(
-    seed: int | Tensor,
-    sample_indices: Tensor,
-    *,
-    stream: str,
-    draw: int | Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four uniform words of (seed, sample, stream, draw), element 0: timesteps, label dropout, data order.
-
-    Args:
-        seed, draw: int or int64 [B].
-        sample_indices: int64 [B].
-        stream: a key of `STREAMS`.
-
-    Returns:
-        four int64 [B] tensors with values in [0, 2^32).
-    """
-    batch, device = sample_indices.shape[0], sample_indices.device
-    seed = per_sample(seed, batch, device, "seed")
-    draw = per_sample(draw, batch, device, "draw")
-    zero = torch.zeros_like(sample_indices)
-    return philox_ref(zero, draw & 0xFFFFFFFF, sample_indices & 0xFFFFFFFF, zero + STREAMS[stream], seed)

@@ -160,6 +160,12 @@ def launch_solver_step(
     solver_step._run(value, value, floats, row, [value] * n_history, given, None, n_history > 0, False, dtype)
 
 
+def launch_uniform() -> None:
+    from fastdiff.kernels.uniform import _uniform_words_op
+
+    _uniform_words_op(*[torch.empty(1024, dtype=torch.int64)] * 3, 3)
+
+
 def _p_sample(instructions: float, bytes_per_element: int | None = None, **options) -> Case:
     own = {name: options.pop(name) for name in ("targets", "vectorised", "shared") if name in options}
     return Case(
@@ -226,6 +232,8 @@ CASES = {
         "mse", 70, 5, lambda: launch_mse(bf16, pixels=uint8, target="v_prediction"), shared=True, targets=TARGETS
     ),
     "mse contiguous": _other("mse", 160, 8, lambda: launch_mse(fp32, CONTIGUOUS), shared=True, vectorised=False),
+    # three int64 read, four written
+    "uniform": _other("uniform", 123, 56, launch_uniform, targets=TARGETS),
 }
 
 

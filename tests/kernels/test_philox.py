@@ -7,7 +7,7 @@ import torch
 
 from fastdiff.kernels.dispatch import HAS_TRITON, INTERPRET, tl, triton
 from fastdiff.kernels.layout import is_channels_last
-from fastdiff.kernels.philox import normal, normal_pair_ref, normal_ref, philox, philox_ref, uniform_words
+from fastdiff.kernels.philox import normal, normal_pair_ref, normal_ref, philox, philox_ref
 
 LOW = 0xFFFFFFFF
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result
@@ -110,13 +110,3 @@ def test_tail_reaches_its_largest_value_and_the_centre_is_finite():
     torch.testing.assert_close(torch.stack([z0, z1]).amax(), torch.tensor(math.sqrt(66 * math.log(2))).float())
     assert torch.stack([z0, z1]).abs().amax() > 6.6
     assert torch.equal(torch.hypot(z0, z1)[2:], torch.zeros(2))
-
-
-def test_uniform_words_are_the_words_of_element_zero(device):
-    index = torch.tensor([5, LOW], device=device)
-    words = uniform_words(7, index, stream="timestep", draw=9)
-    nine = torch.full_like(index, 9)
-    expected = philox_ref(
-        torch.zeros_like(index), nine, index, torch.full_like(index, 3), torch.tensor(7, device=device)
-    )
-    assert torch.equal(torch.stack(words), torch.stack(expected))
