@@ -42,10 +42,10 @@ def model_row(section: str, workload: Workload, contender: Contender, device: to
 
 def measure_contender(context: Context, workload: Workload, contender: Contender, *, walk: bool) -> Figures:
     """Check, time and profile. Raises NotEquivalentError before any time is taken of a contender that is wrong."""
-    task = _once(context, "task", lambda: make_task(workload, context.device))
-    oracle = _once(context, "oracle", lambda: oracle_of(task, walk=walk))
+    task = once(context, "task", lambda: make_task(workload, context.device))
+    oracle = once(context, "oracle", lambda: oracle_of(task, walk=walk))
     steps = workload.num_steps if walk else 1
-    flops = steps * _once(context, "flops", lambda: flops_of(workload))
+    flops = steps * once(context, "flops", lambda: flops_of(workload))
     with contender.numerics.installed(), torch.no_grad(), as_told():
         call = contender.walk(task) if walk else contender.forward(task)
         result, first_s = first_call(call, context.device)
@@ -146,7 +146,7 @@ def first_call(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor
 def as_told() -> Iterator[None]:
     """A contender that says it compiles or captures does so or fails; what it compiled is forgotten afterwards."""
     with warnings.catch_warnings():
-        for fallback in ("torch.compile failed", "the step cannot be captured"):
+        for fallback in ("torch.compile failed", "the (training )?step cannot be captured"):
             warnings.filterwarnings("error", message=fallback)
         counters.clear()
         try:
@@ -155,7 +155,7 @@ def as_told() -> Iterator[None]:
             torch.compiler.reset()
 
 
-def _once(context: Context, key: str, make: Callable[[], Any]) -> Any:
+def once(context: Context, key: str, make: Callable[[], Any]) -> Any:
     """From the cache that the rows of a workload share."""
     if key not in context.cache:
         context.cache[key] = make()

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks import ablation
 from benchmarks.contenders import contenders
+from benchmarks.latent_rows import latent_rows
 from benchmarks.model_row import model_row
 from benchmarks.suite import Row
 from benchmarks.workloads import Workload
@@ -34,8 +35,11 @@ def rows(device: torch.device, *, quick: bool) -> list[Row]:
     everyone = [*contenders(device), *ablation.contenders(device)]
     full = workloads(device, quick=quick)
     made = [model_row("sampling", workload, contender, device) for workload in full for contender in everyone]
-    if quick or device.type != "cuda":
+    if device.type != "cuda":
         return made
+    if quick:
+        return made + latent_rows("sd-tiny", 2, device)
+    made += [row for batch in (1, 8) for row in latent_rows("sd15", batch, device)]
     followed = [contender for contender in everyone if contender.name in SCALING]
     return made + [
         model_row("sampling", workload, contender, device) for workload in SCALING_WORKLOADS for contender in followed
