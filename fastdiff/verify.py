@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff.kernels import dispatch
 from fastdiff.verify_cases import DTYPES, LAYOUTS, Case, cases
 from fastdiff.verify_formulas import SUBNORMAL, Array, Rounded
+from fastdiff.verify_group_norm import group_norm_cases
 from fastdiff.verify_sampler import packaged_model_is_finite, walk_errors
 from fastdiff.verify_solver_step import solver_step_cases
 
@@ -115,7 +116,8 @@ def verify(*, only: str | None = None, paths: Sequence[Path] | None = None) -> R
     Raises ValueError where `only` is in no name.
     """
     report = Report()
-    chosen = [case for case in itertools.chain(cases(), solver_step_cases()) if only is None or only in case.name]
+    every = itertools.chain(cases(), solver_step_cases(), group_norm_cases())
+    chosen = [case for case in every if only is None or only in case.name]
     whole = "sampler packaged model"
     if not chosen and (only or "") not in whole:
         raise ValueError(f"only must be part of a check's name such as 'p_sample float16 strided clip', got {only!r}")
