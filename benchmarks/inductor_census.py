@@ -187,6 +187,7 @@ def main() -> None:
             name = f"{variant}, batch {batch}"
             print(name, flush=True)
             rows[name] = census_of_unet(variant, options.preset, batch)
+            del rows[name]["kernels"]  # a page for each
     day = datetime.date.today().isoformat()
     command = shlex.join(["python", "-m", "benchmarks.inductor_census", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)
