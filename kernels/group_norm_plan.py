@@ -6,16 +6,17 @@ write), or the positions are split into chunks, of which a first kernel takes th
 result (two passes: two reads, one write).
 
 The rule:
-1. One pass wherever a tile can hold the plane and rows of memory are worth reading: where the programs fill the chip, a
-   row of a program must span a 32-byte sector, or several programs would fetch the same one; where they do not, 16
-   bytes do. A second launch costs more than the idle multiprocessors of a small batch, so idle ones are no reason to
-   split a plane that fits: its groups are spread over more and narrower programs instead.
-2. Of the numbers of groups a program may own, the one that fills the chip best, then wastes fewest lanes to padding,
-   then reads full 128-byte lines, then makes the smallest tile.
+1. One pass where a tile of 16,384 elements holds the plane of a program's groups, if its rows of memory are worth
+   reading: 32 bytes or more, or else several programs fetch the same sector; 16 bytes do while there are no more
+   programs than multiprocessors. Idle multiprocessors are no reason to split a plane, as a second launch costs more
+   than reading a tile with one of them: a small batch's groups are spread over more and narrower programs instead.
+2. Of the numbers of groups that a program may own, the one with the fewest idle multiprocessors, then the fewest lanes
+   (those of padding, and those of sectors fetched twice, count), then a tile of at most 32 KB, then rows of up to 128
+   bytes, then the smallest tile.
 3. Else two passes, with as many chunks as give every multiprocessor 16 programs, at most 32.
 
 The batch takes part in it, so a sample's last bits may differ between batch sizes. They never depend on the other
-samples of the batch, and a plan gives the same bits every time.
+samples, and are the same in every run.
 """
 
 import functools
@@ -54,7 +55,7 @@ class Plan:
         lanes: their channels, padded to a power of two.
         blocks: programs side by side that cover all groups.
         chunks: programs that share the positions of a sample.
-        crowded: threads hold so much that the compiler may take more registers than two programs can have.
+        crowded: threads hold 64 elements, for which the compiler may take a few registers more than 128.
     """
 
     one_pass: bool
@@ -69,7 +70,7 @@ class Plan:
 
     def options(self, channels: int, num_groups: int) -> dict[str, Any]:
         """What the kernels are compiled for."""
-        # 8 warps of 128 registers are half of a multiprocessor
+        # 8 warps of 128 registers leave room for a second program on a multiprocessor
         limit = {"maxnreg": 128} if self.crowded and not (INTERPRET or torch.version.hip) else {}
         return {
             **LAUNCH_OPTIONS,
@@ -117,7 +118,7 @@ def choose_plan(
         if best.row_bytes >= SECTOR or batch * best.blocks <= multiprocessors:
             tile = rows * best.lanes
             num_warps = _num_warps(tile, itemsize, tensors)
-            crowded = tile * tensors >= 64 * 32 * num_warps
+            crowded = tensors == 1 and tile == 64 * 32 * num_warps
             return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, num_warps, crowded)
 
     narrow = [width for width in widths if width.lanes <= SPLIT_LANES] or widths[:1]

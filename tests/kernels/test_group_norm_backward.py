@@ -13,7 +13,7 @@ from fastdiff.kernels.group_norm import _group_norm_silu_op, group_norm_silu, gr
 from fastdiff.kernels.group_norm_backward import group_norm_silu_backward_op
 
 # bf16 stores truncate in the interpreter
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (torch.cuda.is_available() or not INTERPRET)
+HALF_DTYPES = [torch.float16] + [torch.bfloat16] * (torch.cuda.is_available() or not INTERPRET)
 needs_kernel = pytest.mark.skipif(
     not HAS_TRITON or not (INTERPRET or torch.cuda.is_available()), reason="needs the interpreter or a GPU"
 )
@@ -48,9 +48,8 @@ def gradient_like(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_of_any_size_match_the_formula(dtype, name, form, nan_outputs, device):
-    inputs = make_inputs(*SHAPES[name], device, dtype=dtype)
+def test_groups_of_any_size_match_the_formula(name, form, nan_outputs, device):
+    inputs = make_inputs(*SHAPES[name], device)
     dy = gradient_like(inputs.x)
     gradients = gradients_of(inputs, dy)
     assert gradients["x"].stride() == inputs.x.stride()
@@ -58,9 +57,15 @@ def test_groups_of_any_size_match_the_formula(dtype, name, form, nan_outputs, de
 
 
 @pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_features_match_the_formula(dtype, name, form, nan_outputs, device):
-    inputs = make_inputs((2, 20, 7, 9), 2, device, dtype=dtype, **FEATURES[name])
+def test_features_match_the_formula(name, form, nan_outputs, device):
+    inputs = make_inputs((2, 20, 5, 7), 2, device, **FEATURES[name])
+    dy = gradient_like(inputs.x)
+    assert_gradients(gradients_of(inputs, dy), inputs, dy)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_half_precision_matches_the_formula(dtype, form, nan_outputs, device):
+    inputs = make_inputs((2, 20, 5, 7), 2, device, dtype=dtype, **FEATURES["everything"])
     dy = gradient_like(inputs.x)
     assert_gradients(gradients_of(inputs, dy), inputs, dy)
 
@@ -115,9 +120,9 @@ def test_nan_poisons_exactly_its_group(form, device):
 
 @needs_kernel
 def test_a_sample_does_not_depend_on_its_batch_nor_on_the_call(form, device, monkeypatch):
-    inputs = make_inputs((3, 20, 9, 7), 2, device, channel_bias="B, C", scaled=True)
+    inputs = make_inputs((2, 20, 5, 7), 2, device, channel_bias="B, C", scaled=True)
     for module, tensors in ((group_norm, 1), (group_norm_backward, 2)):
-        plan = module.choose_plan(3, 63, 20, 2, 4, 1, tensors)
+        plan = module.choose_plan(2, 35, 20, 2, 4, 1, tensors)
         monkeypatch.setattr(module, "choose_plan", lambda *arguments, plan=plan: plan)
     dy = gradient_like(inputs.x)
     together, again = gradients_of(inputs, dy), gradients_of(inputs, dy)
