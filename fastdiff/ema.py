@@ -32,7 +32,8 @@ class EMA(Generic[Model]):
     @torch.no_grad()
     def update(self, model: Model, weight: Tensor) -> None:
         """Move towards `model` by `weight`, a float32 scalar on its device; buffers are copied."""
-        averages, current = list(self.model.parameters()), list(model.parameters())
+        averages: list[Tensor] = list(self.model.parameters())
+        current: list[Tensor] = list(model.parameters())
         (descend_ if weight.is_cuda else lerp_)(averages, current, weight)
         for average, buffer in zip(self.model.buffers(), model.buffers()):
             average.copy_(buffer)

@@ -39,8 +39,8 @@ class TrainStep:
 
     Attributes:
         ema: the moving average; `ema.model` is what to sample from.
-        activation_bytes: what the forward pass of one piece of the batch keeps for its backward pass; None before the
-            first step, and for a compiled model on a CPU.
+        activation_bytes: what the forward pass of one piece of the batch keeps for its backward pass, the weights that
+            autocast has cast included; None before the first step, and for a compiled model on a CPU.
 
     Raises ValueError for cuda_graph=True without a CUDA device.
     """
