@@ -70,6 +70,8 @@ def latent_contenders(device: torch.device) -> list[LatentContender]:
             compiling=1,
             mode="reduce-overhead",
         ),
+        LatentContender(name="diffusers-bf16", title="diffusers, eager bf16", numerics=BFLOAT16_STATE),
+        LatentContender(name="textbook-fp32", title="diffusers, eager fp32", numerics=FLOAT32),
         LatentContender(
             name="diffusers-best",
             title=f"{peer} (max-autotune), CUDA graphs",
@@ -77,6 +79,4 @@ def latent_contenders(device: torch.device) -> list[LatentContender]:
             compiling=3,
             mode="max-autotune",
         ),
-        LatentContender(name="diffusers-bf16", title="diffusers, eager bf16", numerics=BFLOAT16_STATE),
-        LatentContender(name="textbook-fp32", title="diffusers, eager fp32", numerics=FLOAT32),
     ]

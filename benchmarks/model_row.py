@@ -17,15 +17,19 @@ from benchmarks.equivalence import Oracle
 from benchmarks.measurement import Measurement, synchronize
 from benchmarks.numerics import Numerics
 from benchmarks.suite import Context, Figures, Row
-from benchmarks.workloads import Workload, initial_noise, random_weights, reference_walk
+from benchmarks.workloads import MODELS, Workload, initial_noise, random_weights, reference_walk
 from fastdiff.flops import count_flops
 from fastdiff.profile import profile_calls
 from fastdiff.reference_unet import ReferenceUNet
 
 # seconds to compile a model once, roughly: more on a GPU's machine for the larger ones
-COMPILE_S = {"tiny": 20.0, "small": 40.0, "cifar10": 75.0, "unet64": 150.0}
-# building, the textbook's runs that the check needs, timing and profiling
+COMPILE_S = {"tiny": 20.0, "small": 40.0, "cifar10": 60.0, "unet64": 100.0}
+# building, checking and profiling a small model
 BASE_S = {"cuda": 20.0, "cpu": 10.0}
+# operations a second in a U-Net, low guesses by which no row is begun that would not end in time
+RATES = {"cuda": {4: 3e13, 2: 1e14}, "cpu": {4: 3e10, 2: 1e10}}
+# warm-up, at least three timed ones, and the textbook's few samples
+CALLS = 6
 # a profile runs a call about eight times over
 PROFILE_BELOW_MS = 1500.0
 
@@ -36,8 +40,19 @@ def model_row(section: str, workload: Workload, contender: Contender, device: to
     def run(context: Context) -> Figures:
         return measure_contender(context, workload, contender, walk=section == "sampling")
 
-    expected = BASE_S[device.type] + contender.compiling * COMPILE_S[workload.model]
+    calls = CALLS * (workload.num_steps if section == "sampling" else 1)
+    expected = expected_s(workload, device, contender.numerics, compiling=contender.compiling, evaluations=calls)
     return Row(key=f"{section}/{workload.name}/{contender.name}", expected_s=expected, run=run)
+
+
+def expected_s(
+    workload: Workload, device: torch.device, numerics: Numerics, *, compiling: float, evaluations: int
+) -> float:
+    """Seconds of a row that evaluates the model on the whole batch that often."""
+    pixels = (workload.shape[2] / workload.config.sample_size) ** 2
+    work = 1e9 * MODELS[workload.model].gflops * workload.batch * pixels * evaluations
+    rate = RATES[device.type][numerics.dtype.itemsize]
+    return BASE_S[device.type] + compiling * COMPILE_S[workload.model] + work / rate
 
 
 def measure_contender(context: Context, workload: Workload, contender: Contender, *, walk: bool) -> Figures:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.equivalence import Oracle, relative_distance
 from benchmarks.model_row import (
-    BASE_S,
-    COMPILE_S,
+    CALLS,
     as_told,
+    expected_s,
     first_call,
     flops_of,
     graph_skips,
@@ -21,6 +21,7 @@ from benchmarks.model_row import (
     profile_figures,
 )
 from benchmarks.numerics import Numerics
+from benchmarks.sampling_rows import GOAL_SIDES
 from benchmarks.suite import Context, Figures, Row
 from benchmarks.training_contenders import CHECKED_STEPS, TextbookTrainer, Trainer, Training, trainers
 from benchmarks.training_task import TrainingTask
@@ -44,11 +45,12 @@ def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
 
 
 def rows(device: torch.device, *, quick: bool) -> list[Row]:
-    """In the order of priority."""
+    """In the order of priority: all trainers at the first workload, both sides of the goals at the others."""
+    first, *others = workloads(device, quick=quick)
+    sides = [trainer for trainer in trainers(device) if trainer.name in GOAL_SIDES]
     return [
-        training_row(workload, trainer, device)
-        for workload in workloads(device, quick=quick)
-        for trainer in trainers(device)
+        *(training_row(first, trainer, device) for trainer in trainers(device)),
+        *(training_row(workload, trainer, device) for workload in others for trainer in sides),
     ]
 
 
@@ -58,7 +60,8 @@ def training_row(workload: Workload, trainer: Trainer, device: torch.device) -> 
     def run(context: Context) -> Figures:
         return measure_trainer(context, workload, trainer)
 
-    expected = BASE_S[device.type] + trainer.compiling * COMPILE_S[workload.model]
+    evaluations = PASSES * (CALLS + 2 * CHECKED_STEPS)
+    expected = expected_s(workload, device, trainer.numerics, compiling=trainer.compiling, evaluations=evaluations)
     return Row(key=f"training/{workload.name}/{trainer.name}", expected_s=expected, run=run)
 
 

@@ -28,15 +28,26 @@ NORM_SPREAD = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A U-Net to measure. steps: of a walk, unless a workload says another number; it divides 1000."""
+    """A U-Net to measure.
+
+    Attributes:
+        steps: of a walk, unless a workload says another number; it divides 1000.
+        gflops: billions of floating-point operations of one evaluation of one image.
+    """
 
     config: UNetConfig
     steps: int
+    gflops: float
     description: str
 
 
 MODELS = {
-    "cifar10": Model(config=PRESETS["cifar10"], steps=50, description="DDPM CIFAR-10 U-Net, 35.7 M parameters, 32x32"),
+    "cifar10": Model(
+        config=PRESETS["cifar10"],
+        steps=50,
+        gflops=12.4,
+        description="DDPM CIFAR-10 U-Net, 35.7 M parameters, 32x32",
+    ),
     "unet64": Model(
         config=UNetConfig(
             sample_size=64,
@@ -46,6 +57,7 @@ MODELS = {
             num_head_channels=64,
         ),
         steps=50,
+        gflops=79.4,
         description="64x64 U-Net, 115.9 M parameters, channels 128-256-384-512",
     ),
     "small": Model(
@@ -53,6 +65,7 @@ MODELS = {
             sample_size=32, model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,)
         ),
         steps=20,
+        gflops=2.0,
         description="small U-Net, 4.4 M parameters, 32x32, channels 64-128-128",
     ),
     "tiny": Model(
@@ -65,6 +78,7 @@ MODELS = {
             norm_num_groups=8,
         ),
         steps=5,
+        gflops=0.13,
         description="tiny U-Net, 0.7 M parameters, 16x16: a look that takes seconds",
     ),
 }

@@ -11,7 +11,7 @@ from benchmarks.equivalence import FLOAT32_MARGIN, NotEquivalentError, Oracle
 from benchmarks.model_row import ends, flops_of, make_task, oracle_of
 from benchmarks.numerics import BFLOAT16, FLOAT32, TF32, Numerics
 from benchmarks.suite import Skip
-from benchmarks.workloads import Workload
+from benchmarks.workloads import MODELS, Workload
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EAGER = [one for one in [*contenders(CPU), *ablation.contenders(CPU)] if not one.compiling]
@@ -107,9 +107,11 @@ def test_a_missing_package_is_a_skip() -> None:
         require("no_such_package")
 
 
-def test_flops_grow_with_the_batch() -> None:
-    one, four = (flops_of(Workload(model="tiny", batch=batch)) for batch in (1, 4))
-    assert four == 4 * one > 0
+@pytest.mark.parametrize("model", MODELS)
+def test_models_take_the_operations_they_say(model: str) -> None:
+    one = flops_of(Workload(model=model, batch=1))
+    assert one / 1e9 == pytest.approx(MODELS[model].gflops, rel=0.03)
+    assert flops_of(Workload(model=model, batch=4)) == 4 * one
 
 
 @pytest.mark.parametrize("module", [sampling_rows, unet_rows], ids=["sampling", "unet"])
