@@ -23,6 +23,7 @@ from fastdiff.verify_formulas import SUBNORMAL, Array, Rounded
 from fastdiff.verify_group_norm import group_norm_cases
 from fastdiff.verify_sampler import packaged_model_is_finite, walk_errors
 from fastdiff.verify_solver_step import solver_step_cases
+from fastdiff.verify_uniform import uniform_cases
 
 # Half a unit in the last place of a number of size 1, and half the distance of subnormal numbers.
 STORAGE = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}
@@ -116,7 +117,7 @@ def verify(*, only: str | None = None, paths: Sequence[Path] | None = None) -> R
     Raises ValueError where `only` is in no name.
     """
     report = Report()
-    every = itertools.chain(cases(), solver_step_cases(), group_norm_cases())
+    every = itertools.chain(cases(), uniform_cases(), solver_step_cases(), group_norm_cases())
     chosen = [case for case in every if only is None or only in case.name]
     whole = "sampler packaged model"
     if not chosen and (only or "") not in whole:
