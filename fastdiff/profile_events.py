@@ -143,5 +143,5 @@ def _operator_totals(operators: Iterable[Event], wall_ns: int) -> Totals:
 def _kind_below(kind: str, above: str) -> str:
     if kind != "dispatch" and above in _OWNERS:
         return above
-    # a Python number that an operator makes a tensor of, the zeros that a sum starts from
-    return "dispatch" if kind == "copy" and above in ("elementwise", "reduction") else kind
+    # a Python number that an operator makes a tensor of, the zeros or the bias that it starts from
+    return "dispatch" if kind == "copy" and above in ("elementwise", "reduction", "matmul") else kind

@@ -94,7 +94,7 @@ OPERATORS_OF_A_STEP = {
     "elementwise": 66,
     "reduction": 1,
     "resize": 1,
-    "copy": 20,
+    "copy": 12,
 }
 
 

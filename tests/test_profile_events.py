@@ -38,11 +38,13 @@ def test_a_convolution_that_copies_is_two_launches():
 
 def test_what_an_operator_makes_for_itself_is_no_launch():
     number = nested(("mul", 10, 50), ("to", 20, 40), ("_to_copy", 21, 39), ("copy_", 22, 38))
-    zeros = nested(("sum", 50, 90), ("fill_", 60, 70))
-    events = [call(0, 100), *number, *zeros]
+    zeros = nested(("sum", 50, 70), ("fill_", 55, 60))
+    bias = nested(("addmm", 70, 90), ("expand", 72, 73), ("copy_", 74, 80))
+    events = [call(0, 100), *number, *zeros, *bias]
     assert launches(summarise(events, on_device=False)) == {
         ("aten::mul", "elementwise"): 1,
         ("aten::sum", "reduction"): 1,
+        ("aten::addmm", "matmul"): 1,
     }
 
 
