@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fastdiff.bulk_config import BulkConfig
 from fastdiff.profile_config import FIGURES, ProfileSampleConfig, ProfileTrainConfig
 from fastdiff.sample_config import SampleConfig
 from fastdiff.train_config import TrainConfig
@@ -61,6 +62,14 @@ class ProfileTrain(ProfileTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generate(BulkConfig):
+    """Draw many samples as files: restartable, and on several GPUs through torchrun."""
+
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """Show where the time of sampling or training goes."""
 
@@ -88,10 +97,11 @@ class Env:
     """Print one JSON object."""
 
 
-Command = Sample | Train | Profile | Verify | Env
+Command = Sample | Train | Generate | Profile | Verify | Env
 Parser = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Env, tyro.conf.subcommand("env")]
@@ -105,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     FASTDIFF_TRACEBACK=1 it is raised, to see where it comes from.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--"]:
+        words = words[1:]  # after torchrun's own options; some versions of Python pass it on
     name = _command_name(words)
     try:
         command = _parse(words)
@@ -120,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command_name(words: list[str]) -> str:
     if words[:1] == ["profile"]:
         return " ".join(words[:2] if words[1:2] in (["sample"], ["train"]) else words[:1])
-    return words[0] if words and words[0] in ("sample", "train", "verify", "env") else ""
+    return words[0] if words and words[0] in ("sample", "train", "generate", "verify", "env") else ""
 
 
 def _parse(words: list[str]) -> Command:
@@ -144,7 +156,7 @@ def _first_paragraph(message: str) -> str:
         lines.pop(0)
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), lines)).strip()
     # a dataclass that refuses its values is reported under the name of its class
-    sentence = re.sub(r"^Error parsing ((Sample|Train|what): )?", "", sentence)
+    sentence = re.sub(r"^Error parsing ((Sample|Train|Generate|what): )?", "", sentence)
     return sentence.rstrip(".") or "the arguments could not be read"
 
 
@@ -157,6 +169,8 @@ def _run(command: Command) -> int:
         return _sample(command)
     if isinstance(command, Train):
         return _train(command)
+    if isinstance(command, Generate):
+        return _generate(command)
     if isinstance(command, Profile):
         return _profile(command.what)
     if isinstance(command, Verify):
@@ -206,6 +220,26 @@ def _train(command: Train) -> int:
     inputs = "" if command.task == "generate" else " --input IMAGE ..."
     print(f"sample from it with: fastdiff sample --checkpoint {result.checkpoint}{inputs}")
     return 0
+
+
+def _generate(command: Generate) -> int:
+    from fastdiff.bulk import generate_many
+
+    config = BulkConfig(**{field.name: getattr(command, field.name) for field in fields(BulkConfig)})
+    done = generate_many(config, progress=sys.stderr.isatty() and not command.json)
+    if command.json:
+        _print_json(
+            drawn=done.drawn,
+            seconds=done.seconds,
+            completed=done.completed,
+            out=str(done.out),
+            rank=int(os.environ.get("RANK", 0)),
+        )
+    elif done.completed:
+        print(f"{done.drawn} samples in {done.seconds:.1f} s by this process; {config.num} are in {done.out}")
+    else:
+        print(f"stopped; continue with: {config.command()} --resume")
+    return 0 if done.completed else INTERRUPTED
 
 
 def _profile(command: ProfileSample | ProfileTrain) -> int:

@@ -1,0 +1,219 @@
+"""Many samples as files, on any number of processes, restartable: what `fastdiff generate` does.
+
+The indices are cut into blocks of batch_size, the last one padded with samples that are thrown away, and the blocks are
+dealt to the processes in turn. A sample depends on its seed and index, and a model call on its block alone: the files
+are the same bytes for any number of processes and after any interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdiff.bulk_config import BulkConfig
+from fastdiff.checkpoint import MODEL, load_model
+from fastdiff.device import resolve_device
+from fastdiff.generate import Draw, find_checkpoint, prepare
+from fastdiff.images import save_png, to_uint8
+from fastdiff.interruption import Interruption
+from fastdiff.processes import Processes
+
+SETTINGS = "generation.json"
+# digits of a file's number, more where there are more samples
+DIGITS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkResult:
+    """What this process did.
+
+    drawn: samples that it wrote; seconds: what it took, without loading. completed: False after an interruption.
+    out: the folder, or the npz file.
+    """
+
+    drawn: int
+    seconds: float
+    completed: bool
+    out: Path
+
+
+def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
+    """Draw the samples 0 to config.num - 1 that are not in config.out yet, and write them.
+
+    Under torchrun every process calls it and draws its share. On Ctrl-C or SIGTERM a process finishes its block; the
+    same options with resume=True go on, with any number of processes.
+
+    Raises ValueError for options that do not fit the model or the folder, CheckpointError for a checkpoint that is
+    missing or damaged, OSError where a file cannot be written, FloatingPointError for samples that are not finite. What
+    was written before an error is whole and stays.
+    """
+    with Processes.of_environment() as processes:
+        device = resolve_device(processes.device_name(config.device))
+        directory = find_checkpoint(config.checkpoint)
+        loaded = load_model(directory, device=device)
+        draw = prepare(config.sampling(), loaded, device)
+        if draw.condition is not None:
+            raise ValueError("checkpoint must be one of task generate, a model of task superres needs its images")
+        if draw.shape[0] not in (1, 3) and config.format == "png":
+            raise ValueError(f"format must be npz for samples of {draw.shape[0]} channels, a PNG has 1 or 3")
+        processes.first_does(lambda: _prepare_folder(config, draw, directory))
+        blocks = _Blocks(config, draw)
+        mine = [block for block in range(processes.rank, blocks.count, processes.size) if not blocks.is_done(block)]
+        started, drawn = time.perf_counter(), 0
+        bar = tqdm(total=sum(map(blocks.size, mine)), unit=" images", disable=not progress or processes.rank > 0)
+        with Interruption() as interruption, bar:
+            for block in mine:
+                if interruption.requested:
+                    break
+                blocks.write(block, _sample(draw, config, blocks.indices(block), device))
+                drawn += blocks.size(block)
+                bar.update(blocks.size(block))
+        seconds = time.perf_counter() - started
+        completed = processes.all_true(not interruption.requested)
+        out = config.out
+        if completed and config.format == "npz":
+            out = blocks.joined
+            processes.first_does(blocks.join)
+    return BulkResult(drawn=drawn, seconds=seconds, completed=completed, out=out)
+
+
+def _sample(draw: Draw, config: BulkConfig, indices: Tensor, device: torch.device) -> Tensor:
+    """uint8 [batch_size, C, H, W] on the CPU."""
+    labels = None if draw.labels is None else draw.labels[indices % len(draw.labels)].to(device)
+    images = draw.sampler.sample(
+        (len(indices), *draw.shape),
+        seed=config.seed,
+        sample_indices=indices.to(device),
+        model_kwargs={} if labels is None else {"class_labels": labels},
+    )
+    if not images.isfinite().all():
+        raise FloatingPointError(f"samples {int(indices[0])} to {int(indices[-1])} with {config.solver} are not finite")
+    return to_uint8(images).cpu()
+
+
+def _prepare_folder(config: BulkConfig, draw: Draw, checkpoint: Path) -> None:
+    """Make the folder and write down what is in it; or find that it holds a part of the same samples."""
+    weights = hashlib.sha256((checkpoint / MODEL).read_bytes()).hexdigest()
+    wanted: dict[str, Any] = {
+        "num": config.num,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "format": config.format,
+        "shape": list(draw.shape),
+        "class_labels": None if config.class_labels is None else list(config.class_labels),
+        "solver": config.solver,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": draw.guidance_scale,
+        "dtype": config.dtype,
+        "weights_sha256": weights,
+    }
+    path = config.out / SETTINGS
+    if path.exists():
+        found = json.loads(path.read_text())
+        if not config.resume:
+            raise ValueError(f"out {config.out} holds samples already: resume them or choose another folder")
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                before = found.get(name)
+                raise ValueError(f"{name} must be {before!r} as in the samples that {config.out} holds, got {value!r}")
+        return
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ValueError(f"out {config.out} must be an empty folder, or one with samples of the same options to resume")
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(wanted, indent=2).encode())
+
+
+class _Blocks:
+    """The blocks of a range of samples and their files."""
+
+    def __init__(self, config: BulkConfig, draw: Draw) -> None:
+        self.config, self.shape = config, draw.shape
+        self.count = -(-config.num // config.batch_size)
+        self.digits = max(DIGITS, len(str(config.num - 1)))
+        channels, height, width = draw.shape
+        self.joined = config.out / f"samples_{config.num}x{height}x{width}x{channels}.npz"
+
+    def indices(self, block: int) -> Tensor:
+        """int64 [batch_size], past the end too."""
+        size = self.config.batch_size
+        return torch.arange(block * size, (block + 1) * size)
+
+    def size(self, block: int) -> int:
+        """Samples of a block that are kept."""
+        size = self.config.batch_size
+        return min(size, self.config.num - block * size)
+
+    def files(self, block: int) -> list[Path]:
+        """A PNG for each sample, or one array for the block."""
+        first = block * self.config.batch_size
+        if self.config.format == "npz":
+            return [self.config.out / f"block-{first:0{self.digits}}.npy"]
+        return [self.config.out / f"{first + i:0{self.digits}}.png" for i in range(self.size(block))]
+
+    def is_done(self, block: int) -> bool:
+        """A file is there as a whole or not at all."""
+        return self.joined.exists() or all(path.exists() for path in self.files(block))
+
+    def write(self, block: int, images: Tensor) -> None:
+        """Write uint8 [>= size, C, H, W]."""
+        kept = images[: self.size(block)]
+        if self.config.format == "npz":
+            array = kept.permute(0, 2, 3, 1).contiguous().numpy()
+            _write(self.files(block)[0], array)
+            return
+        for path, image in zip(self.files(block), kept):
+            _write(path, image)
+
+    def join(self) -> None:
+        """All blocks as `arr_0` of one npz file, which takes their place."""
+        if not self.joined.exists():
+            parts = [path for block in range(self.count) for path in self.files(block)]
+            channels, height, width = self.shape
+            temporary = _temporary(self.joined)
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                # a fixed date: the same samples are the same bytes
+                entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
+                with archive.open(entry, "w", force_zip64=True) as file:
+                    header = {
+                        "descr": "|u1",
+                        "fortran_order": False,
+                        "shape": (self.config.num, height, width, channels),
+                    }
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for part in parts:
+                        file.write(np.load(part).tobytes())
+            os.replace(temporary, self.joined)
+        for path in self.config.out.glob("block-*.npy"):
+            path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _write(path: Path, content: bytes | np.ndarray | Tensor) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            elif isinstance(content, np.ndarray):
+                np.save(file, content)
+            else:
+                save_png(content, file)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
