@@ -117,19 +117,19 @@ def store_channel_gradients(
     """The rows dbias, dweight, dshift and dscale if there is a scale, dchannel_bias if it is asked for."""
     ptr += channel
     weight = load_row(weight_ptr, channel, present)
-    factor = weight
+    factor, scale = weight, 1.0
     if scale_ptr is not None:
-        scale = 1.0 + load_row(scale_ptr + b * stride_scale, channel, present)
+        scale += load_row(scale_ptr + b * stride_scale, channel, present)
         factor *= scale
-        tl.store(ptr, scale * s1, mask=present)
-        tl.store(ptr + stride_row, scale * s2, mask=present)
-        tl.store(ptr + 2 * stride_row, s1, mask=present)
-        dscale = tl.fma(weight, s2, load_row(bias_ptr, channel, present) * s1)
-        tl.store(ptr + 3 * stride_row, dscale, mask=present)
-        ptr += 2 * stride_row
-    else:
+    tl.store(ptr, scale * s1, mask=present)
+    ptr += stride_row
+    tl.store(ptr, scale * s2, mask=present)
+    if scale_ptr is not None:
+        ptr += stride_row
         tl.store(ptr, s1, mask=present)
-        tl.store(ptr + stride_row, s2, mask=present)
+        ptr += stride_row
+        tl.store(ptr, tl.fma(weight, s2, load_row(bias_ptr, channel, present) * s1), mask=present)
     if CHANNEL_BIAS:
+        ptr += stride_row
         total = tl.fma(-m2, s3, tl.fma(factor, s1, -m1 * positions))
-        tl.store(ptr + 2 * stride_row, rstd * total, mask=present)
+        tl.store(ptr, rstd * total, mask=present)
