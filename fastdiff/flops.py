@@ -71,7 +71,7 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
         return sdpa_backward_flop_count(grad, query, key, value)
 
     aten = torch.ops.aten
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

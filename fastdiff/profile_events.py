@@ -21,6 +21,8 @@ _RUNTIME = ("cuda", "cu", "hip")
 _LAUNCH = re.compile(r"^(cuda|cu|hip)(\w*Launch|Memcpy|Memset)")
 # A copy that is not asynchronous makes the host wait.
 _SYNCHRONISATION = re.compile(r"^(cuda|cu|hip)(\w*Synchronize|Memcpy(2D|3D)?(DtoH|HtoD|DtoD)?(WithStream)?(_v\d+)?$)")
+# What a device reports beside kernels, copies and fills.
+_NO_WORK = re.compile(r"^(ProfilerStep|(Context|Device|Stream|Event) (Sync|Wait))")
 # What runs below one of these is its work.
 _OWNERS = ("attention", "optimizer")
 
@@ -83,7 +85,7 @@ def summarise(events: Iterable[Event], *, on_device: bool) -> Summary:
         raise ValueError(f"events must hold a range named {CALL!r}, got {len(events)} without it")
     work = [event for event in events if not event.annotation]
     # Kernels run later than they are launched: all that the device ran belongs to the calls.
-    kernels = [event for event in work if event.on_device]
+    kernels = [event for event in work if event.on_device and not _NO_WORK.match(event.name)]
     host = [e for e in work if not e.on_device and any(start <= e.start_ns < end for start, end in calls)]
     runtime = [event.name for event in host if event.name.startswith(_RUNTIME)]
     return Summary(

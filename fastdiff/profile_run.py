@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,10 +40,10 @@ def profile_sampling(config: ProfileSampleConfig) -> Report:
     folder = _folder(config.out)
     images = sampling.num if draw.condition is None else len(draw.condition)
     indices = torch.arange(images)
-    arguments = {"sample_indices": indices.to(device), "model_kwargs": draw.model_kwargs(indices, device)}
+    on_device, model_kwargs = indices.to(device), draw.model_kwargs(indices, device)
 
     def walk(draw: Draw) -> None:
-        draw.sampler.sample((images, *draw.shape), **arguments)
+        draw.sampler.sample((images, *draw.shape), sample_indices=on_device, model_kwargs=model_kwargs)
 
     eager = prepare(replace(sampling, compile=False), loaded, device, cuda_graph=False)
     flops = count_flops(lambda: walk(eager))
@@ -141,7 +142,7 @@ def _kernels_by_name(compiles: bool) -> contextlib.AbstractContextManager[None]:
     return named_cpu_kernels() if compiles else contextlib.nullcontext()
 
 
-def _ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def _ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     name = "TF32" if tf32 else str(dtype).removeprefix("torch.")
     return {"matmul_flops_per_s": matmul_rate(device, dtype), "matmul_dtype": name}

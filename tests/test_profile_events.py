@@ -88,8 +88,9 @@ def test_threads_do_not_nest_and_other_calls_do_not_count():
 def test_gpu_counts_what_ran_launches_and_waits():
     kernels = [Event(CONV, 100 + i, 130 + i, on_device=True) for i in range(3)]
     kernels += [Event("_p_sample_kernel", 150, 155, on_device=True), Event("Memset (Device)", 156, 157, on_device=True)]
-    # the profiler repeats an annotation on the device's side
+    # the profiler repeats annotations on the device's side
     kernels += [Event(CALL, 100, 200, on_device=True, annotation=True)]
+    kernels += [Event(name, 90, 200, on_device=True) for name in ("ProfilerStep#1", "Stream Wait Event")]
     host = ["cudaGraphLaunch", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaMemsetAsync", "cudaMemcpyAsync"]
     host += ["cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaStreamIsCapturing", "cudaEventRecord"]
     events = [call(0, 50), *kernels, *(Event(name, i, i + 1) for i, name in enumerate(host))]
