@@ -157,10 +157,7 @@ def export_model(source: str | Path, target: str | Path, *, dtype: torch.dtype =
 
 def latest_checkpoint(run: str | Path) -> Path | None:
     """The undamaged `step-N` directory with the largest N in `run`, or None; each damaged one is named in a warning."""
-    found = [
-        (int(match[1]), path) for path in Path(run).glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(checkpoints(run)):
         try:
             verify(path)
         except CheckpointError as error:
@@ -168,6 +165,43 @@ def latest_checkpoint(run: str | Path) -> Path | None:
         else:
             return path
     return None
+
+
+def checkpoints(run: str | Path) -> list[tuple[int, Path]]:
+    """The step and the path of every `step-N` directory in `run`, damaged ones too, in ascending order."""
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in Path(run).glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+
+
+def prune_checkpoints(run: str | Path, *, keep_last: int | None = None, keep_every: int | None = None) -> list[Path]:
+    """Remove all checkpoints of `run` but the newest `keep_last` and those of a multiple of `keep_every` steps.
+
+    keep_last counts undamaged ones; None keeps all. Damaged ones stay, for somebody to look at. A directory is renamed
+    before it is emptied, so that no half of one is ever taken for a checkpoint. Returns the paths that are gone. Raises
+    ValueError for numbers below 1.
+    """
+    for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
+    removed: list[Path] = []
+    if keep_last is None:
+        return removed
+    newer = 0
+    for step, path in reversed(checkpoints(run)):
+        kept = keep_every is not None and step % keep_every == 0
+        if newer < keep_last or not kept:
+            try:
+                verify(path)
+            except CheckpointError:
+                continue
+        newer += 1
+        if newer > keep_last and not kept and _is_ours(path):
+            path.rename(path.with_name(f"{path.name}.pruned"))
+            removed.append(path)
+    # an earlier call's too, if it was killed
+    for doomed in Path(run).glob("step-*.pruned"):
+        shutil.rmtree(doomed, ignore_errors=True)
+    return removed[::-1]
 
 
 def _is_ours(directory: Path) -> bool:

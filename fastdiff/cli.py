@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -80,6 +81,36 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointVerify:
+    """Compare every file of a checkpoint, or of all those of a training run, with its recorded SHA-256."""
+
+    directory: tyro.conf.Positional[Path]
+    """A checkpoint, or the folder of a training run."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInspect:
+    """Show what a checkpoint holds: step, parameters, data, options."""
+
+    directory: tyro.conf.Positional[Path]
+    """A checkpoint, or the folder of a training run (its newest one)."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Look at checkpoints without loading them."""
+
+    what: (
+        Annotated[CheckpointVerify, tyro.conf.subcommand("verify")]
+        | Annotated[CheckpointInspect, tyro.conf.subcommand("inspect")]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verify:
     """Compare every kernel and every reference with float64 formulas, on this machine."""
 
@@ -97,12 +128,13 @@ class Env:
     """Print one JSON object."""
 
 
-Command = Sample | Train | Generate | Profile | Verify | Env
+Command = Sample | Train | Generate | Profile | Checkpoint | Verify | Env
 Parser = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
+    | Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
@@ -130,8 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command_name(words: list[str]) -> str:
-    if words[:1] == ["profile"]:
-        return " ".join(words[:2] if words[1:2] in (["sample"], ["train"]) else words[:1])
+    inner = {"profile": ("sample", "train"), "checkpoint": ("verify", "inspect")}
+    if words and words[0] in inner:
+        return " ".join(words[:2] if words[1:2] and words[1] in inner[words[0]] else words[:1])
     return words[0] if words and words[0] in ("sample", "train", "generate", "verify", "env") else ""
 
 
@@ -173,6 +206,8 @@ def _run(command: Command) -> int:
         return _generate(command)
     if isinstance(command, Profile):
         return _profile(command.what)
+    if isinstance(command, Checkpoint):
+        return _checkpoint(command.what)
     if isinstance(command, Verify):
         return _verify(command)
     return _env(command)
@@ -252,6 +287,26 @@ def _profile(command: ProfileSample | ProfileTrain) -> int:
         print(report.describe())
         print(f"\ntrace for https://ui.perfetto.dev, profile.json and profile.md are in {command.out}")
     return 0
+
+
+def _checkpoint(command: CheckpointVerify | CheckpointInspect) -> int:
+    from fastdiff.checkpoint_report import describe, inspect, verify_all
+
+    if isinstance(command, CheckpointInspect):
+        from fastdiff.generate import find_checkpoint
+
+        content = inspect(find_checkpoint(command.directory))
+        if command.json:
+            _print_json(**content)
+        else:
+            print(describe(content))
+        return 0
+    reports = verify_all(command.directory)
+    if command.json:
+        _print_json(checkpoints={str(report.path): report.damage for report in reports})
+    else:
+        print("\n".join(report.describe() for report in reports))
+    return 0 if all(report.damage is None for report in reports) else FAILED
 
 
 def _verify(command: Verify) -> int:
