@@ -11,7 +11,8 @@ than either varies within itself. So the unit is a block of successive samples:
    work, tells what the machine has become in between. What other processes took from the run (`waited`) may be
    in its times or not.
 4. A change is real if it is larger than all of these: `LEAST`, `ERRORS` standard errors, `MARGIN` times the change of
-   the probe, and the shares that both runs waited. If a change of `WANTED` would not be, the row is too noisy to tell.
+   the probe, and what waiting may have added to both. If a change of `WANTED` would not be, or a run waited for more
+   than `MOST_WAITED` of its time, the row is too noisy to tell.
 
 A median absolute deviation of few blocks is itself uncertain; `_widening` makes up for it.
 """
@@ -30,7 +31,7 @@ from benchmarks import store
 BLOCKS, LEAST_IN_BLOCK = 20, 4
 LEAST, WANTED = 0.03, 0.05
 ERRORS, DRIFT, MARGIN = 3.5, 0.004, 1.5
-MOST_CORRELATION = 0.9
+MOST_CORRELATION, MOST_WAITED = 0.9, 0.1
 # of a normal distribution: standard deviation over median absolute deviation, and error of a median over a mean's
 MAD_TO_DEVIATION, MEDIAN_LOSS = 1.4826, 1.2533
 
@@ -103,12 +104,13 @@ def judge(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Chan
         math.log1p(LEAST),
         ERRORS * math.sqrt(runs[0].error ** 2 + runs[1].error ** 2 + 2 * DRIFT**2),
         MARGIN * _machine_change(before, after),
-        (before.get("waited") or 0.0) + (after.get("waited") or 0.0),
+        _waiting(before) + _waiting(after),
     )
-    if abs(difference) > least:
+    disturbed = max(record.get("waited") or 0.0 for record in (before, after)) > MOST_WAITED
+    if abs(difference) > least and not disturbed:
         verdict = "slower" if difference > 0 else "faster"
     else:
-        verdict = "too noisy" if least > math.log1p(WANTED) else "same"
+        verdict = "too noisy" if disturbed or least > math.log1p(WANTED) else "same"
     return Change(
         key=key,
         before_ms=math.exp(runs[0].log_ms),
@@ -125,6 +127,11 @@ def _machine_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> floa
     if min(map(len, probes)) < 3:
         return 0.0
     return abs(locate(probes[1]).log_ms - locate(probes[0]).log_ms)
+
+
+def _waiting(record: Mapping[str, Any]) -> float:
+    """By how much waiting may have lengthened a run, as a logarithm: a share of 0.5 is twice the time."""
+    return -math.log1p(-min(record.get("waited") or 0.0, 0.99))
 
 
 def compare(before: store.Report, after: store.Report) -> list[Change]:

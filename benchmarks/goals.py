@@ -12,6 +12,8 @@ from benchmarks.suite import OURS
 
 Record = dict[str, Any]
 
+# a row that other processes kept waiting for a larger share of its time is no quiet measurement
+DISTURBED = 0.05
 # diffusers as fast as it goes: the fastest of these that was measured
 DIFFUSERS_BEST = ("diffusers-best", "diffusers-reduce-overhead", "diffusers-default")
 
@@ -93,8 +95,11 @@ GOALS = (
 class Verdict:
     """What became of a goal at one workload.
 
-    status: "met" | "missed" | "not measured", the last with the reason. peer: whom a ratio was taken with. bound: what
-    the ratio would be if nothing but the peer's convolutions, products and attention took time; None where not known.
+    Attributes:
+        status: "met" | "missed" | "not measured".
+        peer: whom a ratio was taken with.
+        bound: the ratio if nothing but the peer's convolutions, products and attention took time; None if not known.
+        reason: why it was not measured, or what speaks against the figure.
     """
 
     workload: str
@@ -145,7 +150,7 @@ def _verdict(report: store.Report, goal: Goal, workload: str) -> Verdict:
     ours = store.newest(report, f"{workload}/{OURS}", status="done")
     if ours is None:
         return _not_measured(report, goal, workload, OURS)
-    peer = bound = None
+    peer = bound = theirs = None
     if goal.figure == "ratio":
         pair = fastest_pair(report, workload, goal.peers)
         if pair is None:
@@ -161,8 +166,16 @@ def _verdict(report: store.Report, goal: Goal, workload: str) -> Verdict:
     else:
         value = ours[goal.figure]
     met = value >= goal.at_least if goal.at_least is not None else value <= (goal.at_most or 0.0)
-    status = "met" if met else "missed"
-    return Verdict(workload=workload, goal=goal, status=status, value=value, peer=peer, bound=bound)
+    waited = max(record.get("waited") or 0.0 for record in (ours, theirs or {}))
+    return Verdict(
+        workload=workload,
+        goal=goal,
+        status="met" if met else "missed",
+        value=value,
+        peer=peer,
+        bound=bound,
+        reason=f"others had the processor for {waited:.0%} of the time" if waited > DISTURBED else "",
+    )
 
 
 def _not_measured(report: store.Report, goal: Goal, workload: str, contender: str) -> Verdict:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import store
 from benchmarks.ablation import CHAIN
-from benchmarks.goals import evaluate, pair_of
+from benchmarks.goals import DISTURBED, evaluate, pair_of
 from benchmarks.series import AXES, series_of
 from benchmarks.suite import OURS, SECTIONS
 
@@ -72,7 +72,8 @@ def _head(report: store.Report) -> str:
     return (
         f"# Speed on {report['device']}, {report['date']}\n\n"
         "Medians, with the 10th and 90th percentile; compile time apart. Times are set against fastdiff's of the same "
-        f"process only; {MISSING} stands for what was not measured.{note}"
+        f"process only; {MISSING} stands for what was not measured, * for a row that other processes kept waiting for "
+        f"more than {DISTURBED:.0%} of its time.{note}"
     )
 
 
@@ -145,7 +146,13 @@ def spread(record: Record) -> str:
     """Median and percentiles in milliseconds."""
     if "ms" not in record:
         return MISSING
-    return f"{record['ms']:.4g} ({record['low_ms']:.4g}–{record['high_ms']:.4g})"
+    mark = " *" if disturbed(record) else ""
+    return f"{record['ms']:.4g} ({record['low_ms']:.4g}–{record['high_ms']:.4g}){mark}"
+
+
+def disturbed(record: Record) -> bool:
+    """Whether other processes took a good part of the processor while the row was measured."""
+    return (record.get("waited") or 0.0) > DISTURBED
 
 
 def error_of(record: Record) -> str:

@@ -71,6 +71,18 @@ def test_bounds_of_one_pass_and_of_two_apply_to_their_own_shapes():
     assert [(verdict.goal.at_least, verdict.status) for verdict in shares] == [(0.85, "not measured"), (0.9, "missed")]
 
 
+def test_a_disturbed_pair_says_so():
+    report = make_report({f"{CIFAR}/fastdiff": record(), f"{CIFAR}/textbook-fp32": record(ms=200.0, waited=0.4)})
+    assert "40%" in only(evaluate(report, (TEXTBOOK,))).reason
+
+
+def test_the_bound_is_what_the_peer_spends_in_the_libraries_of_everyone():
+    classes = {"convolution": 0.5, "matmul": 0.2, "attention": 0.1, "elementwise": 0.2}
+    report = make_report({f"{CIFAR}/fastdiff": record(), f"{CIFAR}/diffusers-best": record(ms=12.0, classes=classes)})
+    verdict = only(evaluate(report, (BEST,)))
+    assert (verdict.status, verdict.bound) == ("missed", 1.25)
+
+
 def test_a_quick_look_meets_nothing():
     report = make_report({f"{CIFAR}/fastdiff": record(), f"{CIFAR}/textbook-fp32": record(ms=1e6)}, quick=True)
     assert only(evaluate(report, (TEXTBOOK,))).status == "not measured"

@@ -21,6 +21,12 @@ def test_missing_figures_are_dashes():
     assert set(cells[3:-1]) == {MISSING}
 
 
+def test_disturbed_rows_are_marked():
+    text = page(make_report({"sampling/a-b1/fastdiff": record(waited=0.5), "sampling/a-b1/diffusers": record()}))
+    assert cells_of(text, "fastdiff")[1] == "10 (9–12) *"
+    assert cells_of(text, "diffusers")[1] == "10 (9–12)"
+
+
 def test_a_ratio_across_processes_is_a_dash():
     report = make_report({"sampling/a-b1/fastdiff": record(run="one"), "sampling/a-b1/diffusers": record(run="two")})
     assert times(report, "sampling/a-b1", "diffusers") == MISSING
