@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class TrainStep:
         pieces = config.gradient_accumulation_steps
         losses = []
         # One autocast around all pieces: it keeps the weights that it has cast.
-        with self.autocast():
+        with cudnn_benchmark(config.compile), self.autocast():
             for indices, epochs in zip(self._indices.chunk(pieces), self._epochs.chunk(pieces)):
                 losses.append(self._accumulate(indices, epochs))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf)
@@ -183,6 +183,17 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             for key in OPTIMIZER_STATE:
                 self._optimizer.state[parameter][key].copy_(tensors[f"optimizer.{key}.{name}"])
+
+
+@contextlib.contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """While entered, and if enabled, cuDNN may time its algorithms for each new shape of a convolution."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

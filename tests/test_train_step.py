@@ -167,6 +167,18 @@ def test_autocast_casts_each_weight_once_a_step():
     assert counts["conv_in.weight"] == 1
 
 
+def test_cudnn_may_time_its_algorithms_only_while_a_compiled_step_runs(monkeypatch):
+    seen = []
+
+    def call(self, *args, **kwargs):
+        seen.append(torch.backends.cudnn.benchmark)
+        return self._eager(*args, **kwargs)
+
+    monkeypatch.setattr(train_step.CompiledOrEager, "__call__", call)
+    make(compile=True)(0)
+    assert (seen, torch.backends.cudnn.benchmark) == ([True], False)
+
+
 def test_load_state_takes_over_everything():
     source, target = make(), make(seed=1)
     run(source, 2)
