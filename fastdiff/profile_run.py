@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def profile_sampling(config: ProfileSampleConfig) -> Report:
         draw.sampler.sample((images, *draw.shape), sample_indices=on_device, model_kwargs=model_kwargs)
 
     eager = prepare(replace(sampling, compile=False), loaded, device, cuda_graph=False)
-    flops = count_flops(lambda: walk(eager))
+    flops = _flops(lambda: walk(eager))
     with _kernels_by_name(config.compile):
         profile = profile_calls(
             lambda: walk(draw), device=device, repeats=config.repeats, warmup=1, trace=folder / TRACE
@@ -88,7 +89,7 @@ def profile_training(config: ProfileTrainConfig) -> Report:
     def one_eager_step() -> None:
         new_step(replace(training, compile=False, cuda_graph=False))(0)
 
-    flops = count_flops(one_eager_step)
+    flops = _flops(one_eager_step)
     step, numbers = new_step(training), itertools.count()
     with _kernels_by_name(config.compile):
         profile = profile_calls(
@@ -108,6 +109,14 @@ def profile_training(config: ProfileTrainConfig) -> Report:
     )
     report.write(folder)
     return report
+
+
+def _flops(call: Callable[[], None]) -> int:
+    flops = count_flops(call)
+    if torch.cuda.is_available():
+        # what the eager call had reserved would count as memory of the profiled one
+        torch.cuda.empty_cache()
+    return flops
 
 
 def _folder(path: Path) -> Path:

@@ -52,11 +52,11 @@ def test_profile_of_a_call(device, tmp_path):
     assert work.calls == 1 + 2 + 1 + (1 + 2)
     assert result.repeats == 2
     assert result.ms > 0
-    assert {kind: share.launches for kind, share in result.classes.items() if share.launches} == {
-        "elementwise": 1,
-        "reduction": 1,
-    }
-    assert result.launches == 2
+    # a GPU may also clear the counters of the sum's blocks
+    launched = {kind: share.launches for kind, share in result.classes.items() if share.launches and kind != "copy"}
+    assert launched == {"elementwise": 1, "reduction": 1}
+    assert result.launches == sum(share.launches for share in result.classes.values())
+    assert 2 <= result.launches <= 3
     assert sum(share.share for share in result.classes.values()) == pytest.approx(1)
     assert sum(share.ms for share in result.classes.values()) == pytest.approx(result.busy_ms)
     assert MIB <= result.working_memory_bytes < 1.1 * MIB  # the exponentials; the sum and its partial sums are small
