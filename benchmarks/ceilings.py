@@ -57,8 +57,12 @@ def measure_ceilings(device: torch.device, *, quick: bool) -> Ceilings:
     share = QUICK_SHARE if quick else 1
     seconds = 0.2 if quick else 1.0
     kind = device.type
+    n_bytes = COPY_BYTES[kind]
+    if kind == "cuda":
+        # two of them at once, on small cards too
+        n_bytes = min(n_bytes, torch.cuda.get_device_properties(device).total_memory // 8)
     with torch.no_grad():
-        copy = _copy_rate(COPY_BYTES[kind] // share, device, seconds)
+        copy = _copy_rate(n_bytes // share, device, seconds)
         size = MATMUL_SIZE[kind] // (2 if quick else 1)
         matmul = {name: _matmul_rate(name, size, device, seconds) for name in MATMUL_DTYPES[kind]}
     return Ceilings(
@@ -76,7 +80,7 @@ def _rate(call: Callable[[], object], work: float, device: torch.device, seconds
 def _copy_rate(n_bytes: int, device: torch.device, seconds: float) -> float:
     source = torch.randn(n_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return _rate(lambda: target.copy_(source), 2 * n_bytes, device, seconds)
+    return _rate(lambda: target.copy_(source), 2 * source.numel() * source.element_size(), device, seconds)
 
 
 def _matmul_rate(name: str, size: int, device: torch.device, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings
@@ -20,7 +22,8 @@ from fastdiff.cuda_graph import capture
 
 CONTENDERS = ("fastdiff", "eager", "compiled")
 SECONDS, QUICK_SECONDS = 0.5, 0.1
-# what the sets of inputs take together, and how many there are at most: a set is out of the caches when its turn comes
+# A timed call uses each of several sets of inputs once, so that small tensors are worth a measurement and come from
+# memory. What the sets take together, and how many there are at most.
 ROTATED_BYTES, MAX_SETS = 512 * 2**20, 32
 # of the mean and the variance of noise that a contender draws by itself
 STANDARD_ERRORS = 6
@@ -147,7 +150,8 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
     found: dict[str, Any] = {}
     calls: dict[str, Callable[[], object]] = {}
     torch._dynamo.reset()
-    with torch.no_grad():
+    # a kept graph is gone through again and again, and what is captured must not touch the default stream
+    with torch.no_grad(), torch._functorch.config.patch(donated_buffer=False), _side_stream(device):
         sets = _sets(case, device)
         reference = expected(case, sets[0])
         for name in CONTENDERS:
@@ -180,6 +184,13 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
         figures.update(least)
         figures["of_copy"] = least["byte_floor_ms"] / measurement.median_ms
     return found
+
+
+def _side_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    torch.cuda.synchronize(device)
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def prepare_contender(case: KernelCase, name: str) -> Callable[[Inputs], Callable[[], Outputs]]:

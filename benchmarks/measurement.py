@@ -36,7 +36,8 @@ class Measurement:
         waited: seconds that threads of this process were kept from running by others, for each second of measuring;
             None where the system does not tell.
         images: made by a call, None where the word means nothing.
-        peak_memory_mib: the most that tensors held on a GPU during the calls, None on a CPU.
+        peak_memory_mib: the most that PyTorch had reserved on a GPU during the calls, the pools of CUDA graphs
+            included; None on a CPU.
     """
 
     samples_ms: Sequence[float]
@@ -172,7 +173,10 @@ def measure(
         time_once(probe, device)
     on_gpu = device.type == "cuda"
     if on_gpu:
+        # what compiling and autotuning left behind is not the call's
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        once()
     samples: list[float] = []
     probes: list[float] = []
     total = probed = 0.0
@@ -189,7 +193,7 @@ def measure(
     share = waited.share()
     peak = None
     if on_gpu:
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 - (probe.memory_mib if probe is not None else 0.0)
+        peak = torch.cuda.max_memory_reserved(device) / 2**20 - (probe.memory_mib if probe is not None else 0.0)
     return Measurement(samples_ms=samples, probe_ms=probes, waited=share, images=images, peak_memory_mib=peak)
 
 
