@@ -19,7 +19,7 @@ CHAIN = {
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    """Those of the chain that are no contenders of their own, and the engine with Inductor's norm instead of ours."""
+    """Those of the chain that are no contenders of their own, and two other ways to compile the engine."""
     if device.type != "cuda":
         # no bf16 there, and no kernel of the norm: the fused one is Inductor's
         return [
@@ -41,5 +41,12 @@ def contenders(device: torch.device) -> list[Contender]:
             numerics=BFLOAT16,
             compiling=1,
             fused_norm=False,
+        ),
+        Engine(
+            name="ablation-max-autotune",
+            title="fastdiff with compile='max-autotune'",
+            numerics=BFLOAT16,
+            compiling=2,
+            mode="max-autotune",
         ),
     ]

@@ -160,9 +160,11 @@ class Diffusers(Contender):
 class Engine(Contender):
     """fastdiff's UNet and Sampler; compiled where it compiles.
 
-    graph: on a GPU, replay what can be captured. fused_norm: False runs GroupNorm and SiLU as plain PyTorch.
+    graph: on a GPU, replay what can be captured. fused_norm: False runs GroupNorm and SiLU as plain PyTorch. mode: as
+    the Sampler's `compile` has it.
     """
 
+    mode: bool | str = True
     graph: bool = True
     fused_norm: bool = True
 
@@ -173,7 +175,7 @@ class Engine(Contender):
 
     def forward(self, task: Task) -> Call:
         model = self._model(task)
-        network = compiled(model, True, task.device) if self.compiling else model
+        network = compiled(model, self.mode, task.device) if self.compiling else model
         x = task.noise.to(self.numerics.dtype, memory_format=torch.channels_last)
         t = task.timesteps
         if not self.graph or task.device.type != "cuda":
@@ -198,7 +200,7 @@ class Engine(Contender):
             schedule(),
             solver="ddim",
             num_inference_steps=task.workload.num_steps,
-            compile=bool(self.compiling),
+            compile=self.mode if self.compiling else False,
             cuda_graph="auto" if self.graph else False,
         )
         shape, noise = task.workload.shape, task.noise
