@@ -6,13 +6,13 @@ write), or the positions are split into chunks, of which a first kernel takes th
 result (two passes: two reads, one write).
 
 The rule:
-1. One pass where a tile of 16,384 elements holds the plane of a program's groups, if its rows of memory are worth
-   reading: 32 bytes or more, or else several programs fetch the same sector; 16 bytes do while there are no more
-   programs than multiprocessors. Idle multiprocessors are no reason to split a plane, as a second launch costs more
-   than reading a tile with one of them: a small batch's groups are spread over more and narrower programs instead.
+1. One pass where a tile holds the plane of a program's groups in rows of 16 bytes or more: 16,384 elements forward, and
+   half as many backward, where a program holds x and dy. Idle multiprocessors are no reason to split a plane, as a
+   second launch costs more than reading a tile with one of them: a small batch's groups are spread over more and
+   narrower programs instead.
 2. Of the numbers of groups that a program may own, the one with the fewest idle multiprocessors, then the fewest lanes
-   (those of padding, and those of sectors fetched twice, count), then a tile of at most 32 KB, then rows of up to 128
-   bytes, then the smallest tile.
+   (those of padding, and those of 32-byte sectors fetched twice, count), then a tile of at most 32 KB, then rows of up
+   to 128 bytes, then the smallest tile.
 3. Else two passes, with as many chunks as give every multiprocessor 16 programs, at most 32.
 
 The batch takes part in it, so a sample's last bits may differ between batch sizes. They never depend on the other
@@ -20,6 +20,7 @@ samples, and are the same in every run.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fastdiff.kernels.dispatch import INTERPRET, LAUNCH_OPTIONS
 
-# Elements of a tile that stay in registers without spilling, at 16 warps.
+# Elements that the tiles of a program hold in registers without spilling.
 MAX_TILE = 16384
 # Up to this size, two programs or more share a multiprocessor and hide each other's waiting.
 TILE_BYTES = 32768
@@ -103,23 +104,18 @@ def choose_plan(
     widths = _widths(channels, num_groups, itemsize)
     rows = _power_of_two(positions)
 
-    def cost(width: _Width) -> tuple[int, float, bool, int, int]:
+    def cost(width: _Width) -> tuple[int, float, bool, float, int]:
         idle = max(0, multiprocessors - batch * width.blocks)
         alone = rows * width.lanes * itemsize * tensors > TILE_BYTES
         return idle, width.fetched_lanes, alone, -min(width.row_bytes, LINE), width.lanes
 
-    fitting = [
-        width
-        for width in widths
-        if rows * width.lanes <= MAX_TILE and (width.row_bytes >= NARROWEST or width.blocks == 1)
-    ]
+    fitting = [width for width in widths if rows * width.lanes * tensors <= MAX_TILE and width.row_bytes >= NARROWEST]
     if fitting:
         best = min(fitting, key=cost)
-        if best.row_bytes >= SECTOR or batch * best.blocks <= multiprocessors:
-            tile = rows * best.lanes
-            num_warps = _num_warps(tile, itemsize, tensors)
-            crowded = tensors == 1 and tile == 64 * 32 * num_warps
-            return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, num_warps, crowded)
+        tile = rows * best.lanes
+        num_warps = _num_warps(tile, itemsize)
+        crowded = tensors == 1 and tile == 64 * 32 * num_warps
+        return Plan(True, best.groups, best.lanes, best.blocks, rows, 1, 1, num_warps, crowded)
 
     narrow = [width for width in widths if width.lanes <= SPLIT_LANES] or widths[:1]
     best = min(narrow, key=lambda width: (width.fetched_lanes, -width.lanes))
@@ -140,12 +136,12 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 class _Width(NamedTuple):
-    """A number of groups that a program may own."""
+    """A number of groups that a program may own; row_bytes: what lies together in memory, no end of it for all."""
 
     groups: int
     lanes: int
     blocks: int
-    row_bytes: int
+    row_bytes: float
 
     @property
     def fetched_lanes(self) -> float:
@@ -154,18 +150,19 @@ class _Width(NamedTuple):
 
 
 def _widths(channels: int, num_groups: int, itemsize: int) -> list[_Width]:
-    """All of them, in ascending order; only those whose rows start on 16 bytes, for wide accesses, where any do."""
+    """All in ascending order; where rows of all channels start on 16 bytes, for wide accesses, those that do, too."""
     group = channels // num_groups
     widths = [
         _Width(groups, _power_of_two(groups * group), -(-num_groups // groups), groups * group * itemsize)
-        for groups in range(1, num_groups + 1)
+        for groups in range(1, num_groups)
+        if channels * itemsize % 16 or groups * group * itemsize % 16 == 0
     ]
-    return [width for width in widths if channels * itemsize % 16 == 0 and width.row_bytes % 16 == 0] or widths
+    return [*widths, _Width(num_groups, _power_of_two(channels), 1, math.inf)]
 
 
-def _num_warps(tile: int, itemsize: int, tensors: int) -> int:
-    """32 elements a thread, 64 in the largest tiles."""
-    return max(1, min(8 * max(tensors, itemsize // 2), tile // 1024))
+def _num_warps(tile: int, itemsize: int) -> int:
+    """32 elements a thread, 64 of two bytes in the largest tiles."""
+    return max(1, min(4 * itemsize, tile // 1024))
 
 
 def _power_of_two(n: int) -> int:

@@ -21,7 +21,7 @@ class Inputs:
     num_groups: int
     weight: Tensor
     bias: Tensor
-    eps: float = 1e-5
+    eps: float = 0.01
     channel_bias: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None

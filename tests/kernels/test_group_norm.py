@@ -125,6 +125,7 @@ def test_nan_poisons_exactly_its_group(form, device):
     assert torch.equal(call(inputs).isnan(), poisoned[:, :, None, None].expand(2, 30, 7, 9))
 
 
+@needs_kernel
 def test_constant_groups_normalise_to_their_bias(form, device):
     inputs = make_inputs((2, 12, 7, 9), 3, device, silu=False)
     inputs = dataclasses.replace(inputs, x=torch.full_like(inputs.x, 2.5))
@@ -132,6 +133,8 @@ def test_constant_groups_normalise_to_their_bias(form, device):
     assert torch.equal(call(inputs), expected)
 
 
+# torch's channels-last kernel for CPUs takes E[x^2] - E[x]^2, so the reference does not hold this
+@needs_kernel
 @pytest.mark.parametrize("spread", [1.0, 0.01])
 def test_a_mean_far_above_the_spread_does_not_cancel(spread, form, device):
     inputs = make_inputs((1, 20, 16, 16), 2, device, silu=False)
@@ -166,10 +169,10 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_the_call(form, device, mon
 @needs_kernel
 def test_statistics_are_returned(form, device):
     inputs = make_inputs((2, 12, 7, 9), 3, device)
-    _, mean, rstd = _group_norm_silu_op(inputs.x, 3, inputs.weight, inputs.bias, 1e-5, None, None, None, True)
+    _, mean, rstd = _group_norm_silu_op(inputs.x, 3, inputs.weight, inputs.bias, inputs.eps, None, None, None, True)
     groups = inputs.x.double().reshape(2, 3, -1)
     torch.testing.assert_close(mean.double(), groups.mean(2), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rstd.double(), (groups.var(2, unbiased=False) + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(rstd.double(), (groups.var(2, unbiased=False) + inputs.eps).rsqrt(), rtol=1e-5, atol=0)
 
 
 def test_empty_batch(form, device):
