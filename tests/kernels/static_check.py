@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from group_norm_launch import GROUP_NORM_KERNELS, launch_group_norm
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 POINTERS = {
@@ -166,6 +167,28 @@ def launch_uniform() -> None:
     _uniform_words_op(*[torch.empty(1024, dtype=torch.int64)] * 3, 3)
 
 
+def _group_norm(
+    instructions: float,
+    bytes_per_element: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel: str = "_group_norm_kernel",
+    *,
+    everything: bool = False,
+    targets: tuple[str, ...] = ("sm_90",),
+) -> Case:
+    module = "group_norm_backward" if "backward" in kernel else "group_norm"
+    return Case(
+        module=module,
+        kernel=kernel,
+        launch=lambda: launch_group_norm(module, kernel, shape, dtype, everything=everything),
+        instructions=instructions,
+        bytes_per_element=bytes_per_element,
+        shared=True,
+        targets=targets,
+    )
+
+
 def _p_sample(instructions: float, bytes_per_element: int | None = None, **options) -> Case:
     own = {name: options.pop(name) for name in ("targets", "vectorised", "shared") if name in options}
     return Case(
@@ -237,6 +260,44 @@ CASES = {
 }
 
 
+# One pass reads and writes a plane once, 8 or 4 bytes an element, backward 12 or 6; two passes together 12 or 6 and 20
+# or 10. Shared memory holds sums on their way between warps. What a loop runs several times is listed once.
+CIFAR, SMALL, BATCH_1 = (256, 128, 32, 32), (256, 256, 16, 16), (1, 128, 32, 32)
+LATENT, LATENT_64, LATENT_SMALL, LARGE = (2, 320, 64, 64), (64, 320, 64, 64), (16, 1280, 8, 8), (256, 128, 64, 64)
+MOMENTS, NORMALISE = GROUP_NORM_KERNELS["group_norm"][1:]
+BACKWARD, SUMS, DX = GROUP_NORM_KERNELS["group_norm_backward"]
+CASES |= {
+    "group_norm 128 at 32": _group_norm(20, 8, CIFAR, fp32),
+    "group_norm 128 at 32, bf16": _group_norm(20, 4, CIFAR, bf16, targets=TARGETS),
+    "group_norm 128 at 32, bf16, everything": _group_norm(23, 4, CIFAR, bf16, everything=True),
+    "group_norm 128 at 32, bf16, batch 1": _group_norm(22, 4, BATCH_1, bf16),
+    "group_norm 256 at 16, bf16": _group_norm(19, 4, SMALL, bf16),
+    "group_norm 1280 at 8, everything": _group_norm(27, 8, LATENT_SMALL, fp32, everything=True, targets=TARGETS),
+    "group_norm 1280 at 8, bf16": _group_norm(25, 4, LATENT_SMALL, bf16),
+    "group_norm 128 at 64": _group_norm(20, 8, LARGE, fp32),
+    "moments 320 at 64": _group_norm(33, 4, LATENT, fp32, MOMENTS),
+    "moments 320 at 64, bf16, everything": _group_norm(37, 2, LATENT, bf16, MOMENTS, everything=True, targets=TARGETS),
+    "moments 128 at 64, bf16": _group_norm(24, 2, LARGE, bf16, MOMENTS),
+    "normalise 320 at 64": _group_norm(26, 8, LATENT, fp32, NORMALISE),
+    "normalise 320 at 64, bf16, everything": _group_norm(
+        31, 4, LATENT, bf16, NORMALISE, everything=True, targets=TARGETS
+    ),
+    "normalise 128 at 64, bf16": _group_norm(23, 4, LARGE, bf16, NORMALISE),
+    "backward 128 at 32": _group_norm(34, 12, CIFAR, fp32, BACKWARD),
+    "backward 128 at 32, bf16, everything": _group_norm(53, 6, CIFAR, bf16, BACKWARD, everything=True, targets=TARGETS),
+    "backward 256 at 16, bf16": _group_norm(39, 6, SMALL, bf16, BACKWARD),
+    "backward 1280 at 8, bf16, everything": _group_norm(55, 6, LATENT_SMALL, bf16, BACKWARD, everything=True),
+    "backward sums 320 at 64, bf16, everything": _group_norm(
+        75, 4, LATENT, bf16, SUMS, everything=True, targets=TARGETS
+    ),
+    "backward sums 128 at 64": _group_norm(38, 8, LARGE, fp32, SUMS),
+    "backward dx 320 at 64, bf16, everything": _group_norm(
+        81, 6, LATENT_64, bf16, DX, everything=True, targets=TARGETS
+    ),
+    "backward dx 128 at 64": _group_norm(44, 12, LARGE, fp32, DX),
+}
+
+
 class Recorder:
     """Stands in for a kernel and keeps the arguments of its launch."""
 
@@ -292,10 +353,10 @@ def read_sass(cubin: bytes, bin_directory: Path) -> tuple[dict[str, int], Counte
     return resources, Counter(name for name in listing if name != "NOP")
 
 
-def access_sizes(ttgir: str) -> list[int]:
-    """Bytes per element of each tensor-wide load and store of global memory."""
+def access_sizes(ttgir: str, tile: str = r"\d+") -> list[int]:
+    """Bytes per element of each load and store of global memory that is a tile wide; any vector by default."""
     widths = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i8": 1}
-    accesses = re.findall(r"tt\.(?:load|store) .*tensor<\d+x!tt\.ptr<(\w+)>", ttgir)
+    accesses = re.findall(rf"tt\.(?:load|store) .*tensor<{tile}x!tt\.ptr<(\w+)>", ttgir)
     return [widths[element] for element in accesses]
 
 
@@ -324,8 +385,12 @@ def measure(case: Case, target_name: str) -> dict:
     bin_directory = Path(triton.__file__).parent / "backends/nvidia/bin"
     resources, instructions = read_sass(compiled.asm["cubin"], bin_directory)
     spills = sum(count for name, count in instructions.items() if name.startswith(("LDL", "STL")))
-    elements_per_thread = recorder.arguments["BLOCK_SIZE"] // (recorder.options["num_warps"] * 32)
-    sizes = access_sizes(compiled.asm["ttgir"])
+    if "BLOCK_SIZE" in recorder.arguments:
+        elements, sizes = recorder.arguments["BLOCK_SIZE"], access_sizes(compiled.asm["ttgir"])
+    else:
+        rows, lanes = recorder.arguments["ROWS"], recorder.arguments["LANES"]
+        elements, sizes = rows * lanes, access_sizes(compiled.asm["ttgir"], f"{rows}x{lanes}")
+    elements_per_thread = elements // (recorder.options["num_warps"] * 32)
 
     def wide(bits: int) -> int:
         return sum(n for name, n in instructions.items() if name.startswith(("LDG", "STG")) and f".{bits}" in name)
