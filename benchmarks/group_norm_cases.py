@@ -22,6 +22,15 @@ SHAPES = ((128, 32), (256, 16), (320, 64), (1280, 8))
 # positions, of either sign, carry the rounding errors of their terms: 16 units.
 TOLERANCE = {torch.float32: 16 * 2.0**-22, torch.bfloat16: 16 * 2.0**-8}
 
+# cases of tests/kernels/static_check.py that are this and no more; what takes several kernels has none
+COSTS = {
+    ("forward", 128, 32, torch.bfloat16): "group_norm 128 at 32, bf16",
+    ("forward", 128, 32, torch.float32): "group_norm 128 at 32",
+    ("forward", 256, 16, torch.bfloat16): "group_norm 256 at 16, bf16",
+    ("forward", 1280, 8, torch.bfloat16): "group_norm 1280 at 8, bf16",
+    ("backward", 256, 16, torch.bfloat16): "backward 256 at 16, bf16",
+}
+
 
 def group_norm_case(
     batch: int, channels: int, size: int, dtype: torch.dtype, *, backward: bool = False, scale_shift: bool = False
@@ -68,7 +77,7 @@ def group_norm_case(
             (output,) = forward()
         return lambda: torch.autograd.grad(output, tensors, values["grad_output"], retain_graph=True)
 
-    item, once = itemsize(dtype), one_pass(batch, channels, size, dtype)
+    item, once = itemsize(dtype), one_pass(batch, channels, size, dtype, backward=backward)
     # x read once or twice and y written; backward x and the gradient read once or twice and the other gradient written
     tensors = (3 if once else 5) if backward else (2 if once else 3)
     kind = "backward" if backward else "scale-shift" if scale_shift else "forward"
@@ -76,6 +85,7 @@ def group_norm_case(
         name=f"group-norm-silu-{kind}-{size}x{size}x{channels}-b{batch}-{NAMES[dtype]}",
         elements=math.prod(shape),
         bytes_per_element=tensors * item,
+        cost=COSTS.get((kind, channels, size, dtype)),
         inputs=inputs,
         ours=ours,
         formula=formula,
@@ -84,6 +94,6 @@ def group_norm_case(
     )
 
 
-def one_pass(batch: int, channels: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether the forward kernel reads such samples once only."""
-    return choose_plan(batch, size * size, channels, NUM_GROUPS, itemsize(dtype)).one_pass
+def one_pass(batch: int, channels: int, size: int, dtype: torch.dtype, *, backward: bool = False) -> bool:
+    """Whether the kernel reads such samples once only."""
+    return choose_plan(batch, size * size, channels, NUM_GROUPS, itemsize(dtype), tensors=2 if backward else 1).one_pass
