@@ -190,6 +190,28 @@ def test_the_kernel_itself_runs_in_the_interpreter(monkeypatch: pytest.MonkeyPat
     assert_close(run(model, x, embedding), expected)
 
 
+@pytest.mark.usefixtures("fused")
+def test_in_other_layouts_a_block_runs_as_before(calls: list[dict[str, Any]]) -> None:
+    model, (x, embedding) = block().to(memory_format=torch.contiguous_format), arguments()
+    x = x.contiguous()
+    expected = run(model, x, embedding)
+    fuse_norms(model)
+    assert torch.equal(run(model, x, embedding), expected)
+    assert calls == []
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_last_norm_and_activation_agree_in_any_layout(channels_last: bool) -> None:
+    model = tiny._vae().decoder
+    x = torch.randn(2, 4, 1, 1)  # no layout at all
+    if channels_last:
+        model, x = whole("AutoencoderKL")[0].decoder, torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    expected = run(model, x)
+    fuse_norms(model)
+    assert_close(run(model, x), expected)
+
+
 def test_on_a_cpu_nothing_changes_at_all() -> None:
     model, inputs = whole("UNet2DModel")
     expected = run(model, *inputs)
@@ -286,6 +308,17 @@ def test_modules_that_hold_on_to_the_old_method_stay_right() -> None:
     assert_close(run(model, *inputs), expected)
     unfuse_norms(model)
     assert torch.equal(run(model, *inputs), expected)
+
+
+@pytest.mark.usefixtures("fused")
+def test_weights_that_come_only_for_a_modules_forward_are_there_in_time() -> None:
+    offloading = pytest.importorskip("accelerate")
+    model, inputs = whole("UNet2DModel")
+    expected = run(model, *inputs)
+    fuse_norms(model)
+    offloading.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    assert_close(run(model, *inputs), expected)
 
 
 @pytest.mark.parametrize("activation", ["mish", "gelu", "relu"])

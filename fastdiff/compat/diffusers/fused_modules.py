@@ -1,7 +1,7 @@
 """GroupNorm and SiLU in one kernel in a diffusers model, by changing the classes of its modules in place, and back.
 
-A swapped module keeps everything it holds: weights, names, configuration. Its class alone says how it runs, and on a
-CPU it runs as before: the channels-last kernel is what pays.
+A swapped module keeps everything it holds: weights, names, configuration. Its class alone says how it runs. What pays
+is the kernel for channels-last tensors: on a CPU, and in other layouts, a module runs as before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.dispatch import use_triton
 from fastdiff.kernels.group_norm import group_norm_silu
+from fastdiff.kernels.layout import is_channels_last
 
 # Models that call conv_norm_out, then conv_act, then nothing else with either.
 WITH_CONV_NORM_OUT = (UNet2DModel, UNet2DConditionModel, Encoder, Decoder)
@@ -35,7 +36,8 @@ class FusedGroupNorm(nn.GroupNorm):
         shift: Tensor | None = None,
         silu: bool = False,
     ) -> Tensor:
-        if not _fuses(self, input):
+        alone = channel_bias is None and scale is None and not silu
+        if alone and not (_is_fused(self, input) and is_channels_last(input)):
             return nn.GroupNorm.forward(self, input)
         return group_norm_silu(
             input,
@@ -54,14 +56,14 @@ class FusedGroupNormSiLU(FusedGroupNorm):
     """A FusedGroupNorm with the SiLU that comes after it; that one is an `AppliedSiLU`."""
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        return FusedGroupNorm.forward(self, input, silu=_fuses(self, input))
+        return FusedGroupNorm.forward(self, input, silu=_is_fused(self, input))
 
 
 class AppliedSiLU(nn.SiLU):
     """The SiLU that a FusedGroupNormSiLU has already applied."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if _fuses(self, input) else nn.SiLU.forward(self, input)
+        return input if _is_fused(self, input) else nn.SiLU.forward(self, input)
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -73,8 +75,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         # An embedding that is not projected is added as it is, whatever its shape.
         raw_embedding = temb is not None and self.time_emb_proj is None
-        if not _fuses(self, input_tensor) or raw_embedding:
-            return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
+        if raw_embedding or not (_is_fused(self, input_tensor) and is_channels_last(input_tensor)):
+            return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
         hidden_states = self.norm1(input_tensor, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
@@ -106,7 +108,7 @@ ORIGINALS: dict[type, type] = {
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Make a diffusers model normalise with `group_norm_silu` on a CUDA device, in place; `unfuse_norms` undoes it.
+    """Make a diffusers model normalise channels-last CUDA tensors with `group_norm_silu`; `unfuse_norms` undoes it.
 
     Fused are ResnetBlock2D, the last norm and SiLU of a U-Net or a VAE, and every other GroupNorm without its
     activation. Left as they are: subclasses, modules that somebody hooked or gave a forward of their own, blocks with
@@ -130,7 +132,7 @@ def unfuse_norms(model: nn.Module) -> None:
         module.__class__ = ORIGINALS.get(type(module), type(module))
 
 
-def _fuses(module: nn.Module, input: Tensor) -> bool:
+def _is_fused(module: nn.Module, input: Tensor) -> bool:
     # An offloading library may hold on to the method of a class that the module no longer has.
     return type(module) in ORIGINALS and use_triton(input)
 
@@ -155,7 +157,7 @@ def _can_fuse(block: ResnetBlock2D) -> bool:
     )
 
 
-def _without_bias(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _without_bias(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x) without its bias, and the bias [C]; an adapter's or a hooked conv is called as it is."""
     if not _is_plain(conv, nn.Conv2d):
         return conv(x), None
