@@ -22,12 +22,14 @@ from unittest import mock
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode
 
 from benchmarks.absent_gpu import DEVICE, generate, on_device
+from benchmarks.latent_pipeline import LATENT_MODELS
 from fastdiff.compat.diffusers.fused_modules import fuse_norms
 from fastdiff.compat.diffusers.unet_config import diffusers_config
 from fastdiff.compilation import compile_options
@@ -40,6 +42,7 @@ KINDS = ("generated", "convolution", "matmul", "attention", "fastdiff", "other")
 MOVING = {"load", "store", "output", "get_index", "index_expr", "constant", "to_dtype", "masked", "where", "lt", "ge"}
 # operations that only say how a tensor is read
 VIEWS = {"view", "_unsafe_view", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "unbind", "split"}
+WORKLOADS = ("cifar10-b256", "sd15-b1", "cifar10-b1")
 VARIANTS = ("fastdiff", "fastdiff, norms by Inductor", "diffusers", "diffusers, fused norms")
 
 
@@ -90,26 +93,55 @@ def census(call: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -
     }
 
 
-def census_of_unet(variant: str, preset: str, batch: int) -> dict[str, Any]:
-    """The census of a preset of fastdiff.UNet, or of diffusers' model of the same configuration, in bfloat16."""
-    config = PRESETS[preset]
-    with torch.device("meta"):
-        model: nn.Module = UNet(config) if "fastdiff" in variant else UNet2DModel(**diffusers_config(config))
+def census_of_unet(variant: str, workload: str) -> dict[str, Any]:
+    """The census of a U-Net's call in bfloat16; workload: a model and the images in a call, as in "cifar10-b256".
+
+    The model is a preset of fastdiff.UNet, for diffusers the same configuration, or a latent model of the benchmarks,
+    which only diffusers has and whose guided call takes each image twice.
+    """
+    name, batch = workload.split("-b")
+    model, inputs = _latent(name, 2 * int(batch)) if name in LATENT_MODELS else _pixel(variant, name, int(batch))
     if variant == "diffusers, fused norms":
         fuse_norms(model)
     model = model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
-    def arguments() -> tuple[Tensor, Tensor]:
+    def arguments() -> tuple[Tensor, ...]:
         on_device(model)
-        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
-        x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        return x, torch.empty(batch, dtype=torch.int64, device=DEVICE)
+        return inputs()
 
     with contextlib.ExitStack() as patches:
         if variant == "fastdiff, norms by Inductor":
             patches.enter_context(mock.patch.object(group_norm, "use_triton", _never))
-        call = model if "fastdiff" in variant else lambda x, t: model(x, t, return_dict=False)
+        call = model if isinstance(model, UNet) else lambda *inputs: model(*inputs, return_dict=False)
         return census(call, arguments)
+
+
+def _pixel(variant: str, name: str, batch: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, ...]]]:
+    config = PRESETS[name]
+    with torch.device("meta"):
+        model = UNet(config) if "fastdiff" in variant else UNet2DModel(**diffusers_config(config))
+    return model, lambda: (_images(batch, config.in_channels, config.sample_size), _timesteps(batch))
+
+
+def _latent(name: str, batch: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, ...]]]:
+    spec = LATENT_MODELS[name]
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**spec.options)
+    shape = (batch, spec.tokens, spec.options["cross_attention_dim"])
+    return model, lambda: (
+        _images(batch, 4, spec.options["sample_size"]),
+        _timesteps(batch),
+        torch.empty(shape, dtype=torch.bfloat16, device=DEVICE),
+    )
+
+
+def _images(batch: int, channels: int, size: int) -> Tensor:
+    images = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device=DEVICE)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _timesteps(batch: int) -> Tensor:
+    return torch.empty(batch, dtype=torch.int64, device=DEVICE)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -177,29 +209,33 @@ def _never(tensor: Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and the page")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cifar10", help="which U-Net")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 256], help="images in a call")
-    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="of the U-Net")
+    parser.add_argument("--workload", nargs="+", default=list(WORKLOADS), help="models and the images in a call")
     options = parser.parse_args()
     rows = {}
-    for batch in options.batch:
-        for variant in options.variant:
-            name = f"{variant}, batch {batch}"
+    for workload in options.workload:
+        for variant in VARIANTS:
+            if "fastdiff" in variant and workload.startswith(tuple(LATENT_MODELS)):
+                continue
+            name = f"{workload}, {variant}"
             print(name, flush=True)
-            rows[name] = census_of_unet(variant, options.preset, batch)
+            rows[name] = census_of_unet(variant, workload)
             del rows[name]["kernels"]  # a page for each
+            _write(options.out, rows)
+    print(table(rows))
+
+
+def _write(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
     day = datetime.date.today().isoformat()
     command = shlex.join(["python", "-m", "benchmarks.inductor_census", *sys.argv[1:]])
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"inductor-census_sm90_{day}"
-    report = {"command": command, "date": day, "environment": environment(), "preset": options.preset, "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"inductor-census_sm90_{day}"
+    report = {"command": command, "date": day, "environment": environment(), "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     versions = f"torch {report['environment']['torch']}, triton {report['environment']['triton']}"
-    about = f"`{command}`, {day}, {versions}, no GPU: one call of the {options.preset} U-Net, bfloat16, channels-last."
+    about = f"`{command}`, {day}, {versions}, no GPU: one call of a U-Net, bfloat16, channels-last."
     note = "Bytes count each tensor once per kernel that touches it; the copies are among the generated kernels."
     page = f"# What Inductor would launch on an H200\n\n{about} {note}\n\n{table(rows)}\n\n{details(rows)}\n"
     path.with_suffix(".md").write_text(page)
-    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_graph_breaks_are_counted_and_both_sides_of_them() -> None:
 def rows() -> dict[str, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
-        return {variant: census_of_unet(variant, "tiny", 2) for variant in VARIANTS}
+        return {variant: census_of_unet(variant, "tiny-b2") for variant in VARIANTS}
 
 
 def test_every_layer_of_the_unet_is_found(rows: dict[str, dict[str, Any]]) -> None:
