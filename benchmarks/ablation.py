@@ -7,7 +7,7 @@ import torch
 from benchmarks.contenders import Contender, Engine
 from benchmarks.numerics import BFLOAT16, FLOAT32
 
-# lever -> contender that has it and all before it; a device without a lever leaves its row out
+# lever -> contender that has it and all before it
 CHAIN = {
     "fp32": "textbook-fp32",
     "bf16": "textbook-bf16",
@@ -16,15 +16,14 @@ CHAIN = {
     "compile": "ablation-compile",
     "graph": "fastdiff",
 }
+# no bf16 there, no kernel of the norm but Inductor's, and no graphs
+CPU_CHAIN = {"fp32": "textbook-fp32", "channels-last": "ablation-channels-last", "compile": "fastdiff"}
 
 
 def contenders(device: torch.device) -> list[Contender]:
     """Those of the chain that are no contenders of their own, and two other ways to compile the engine."""
     if device.type != "cuda":
-        # no bf16 there, and no kernel of the norm: the fused one is Inductor's
-        return [
-            Engine(name="ablation-channels-last", title="the engine's U-Net and step, eager", numerics=FLOAT32),
-        ]
+        return [Engine(name="ablation-channels-last", title="the engine's U-Net and step, eager", numerics=FLOAT32)]
     return [
         Engine(
             name="ablation-channels-last",

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks import store
-from benchmarks.ablation import CHAIN
+from benchmarks.ablation import CHAIN, CPU_CHAIN
 from benchmarks.goals import DISTURBED, evaluate, pair_of
 from benchmarks.series import AXES, series_of
 from benchmarks.suite import OURS, SECTIONS
@@ -167,7 +167,7 @@ def _models(report: store.Report, workloads: list[str]) -> Iterator[str]:
             continue
         yield f"### {workload.split('/', 1)[1]}"
         yield _contenders(report, workload, records)
-        yield _levers(records)
+        yield _levers(records, CPU_CHAIN if report["device"] == "cpu" else CHAIN)
         yield _classes(records)
 
 
@@ -188,9 +188,9 @@ def _contenders(report: store.Report, workload: str, records: dict[str, Record])
     return table([*titles, "note"], lines)
 
 
-def _levers(records: dict[str, Record]) -> str:
+def _levers(records: dict[str, Record], chain: dict[str, str]) -> str:
     """What each lever gives on top of those before it, between rows of one process."""
-    present = [(lever, records[name]) for lever, name in CHAIN.items() if name in records]
+    present = [(lever, records[name]) for lever, name in chain.items() if name in records]
     lines = []
     for index, (lever, record) in enumerate(present):
         before, first = present[max(index - 1, 0)][1], present[0][1]
