@@ -228,7 +228,7 @@ def page(report: dict) -> str:
         "# Continuous batching against whole-batch serving",
         "",
         f"`{report['command']}`, {report['date']}, torch {torch_version}, {report['device']}. "
-        f"The packaged digits model; {CAPACITY} places; the limit is {LATENCY_FACTOR:g} times what a lone request takes.",
+        f"The packaged digits model; {CAPACITY} places; the limit: {LATENCY_FACTOR:g} times what a lone request takes.",
         "",
         "| trace | limit for p95 | continuous, requests/s | whole batch, requests/s | ratio (all rounds) |",
         "|---|---|---|---|---|",
