@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             "--budget-s", type=float, help="start no row that would end later than this (480, on a CPU 300)"
         )
         run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-        run.add_argument("--only", default="", help="rows whose key contains this text")
+        run.add_argument("--only", default="", help="rows whose key contains this text, and ours beside them")
     report = commands.add_parser("report", help="a page and plots from result files of one device")
     report.add_argument("files", type=Path, nargs="+")
     report.add_argument("--out", type=Path, required=True, help="folder of the merged JSON, the page and the plots")
@@ -71,7 +71,10 @@ def measure(options: argparse.Namespace, command: str) -> Outcome:
     device = torch.device(options.device)
     sections = list(ORDER[device.type]) if options.command == "all" else [options.command]
     budget_s = BUDGET_S[device.type] if options.budget_s is None else options.budget_s
-    rows = [row for row in rows_of(sections, device, quick=options.quick) if options.only in row.key]
+    rows = rows_of(sections, device, quick=options.quick)
+    workloads = {row.workload for row in rows if options.only in row.key}
+    # ours comes along, so that what is measured can be compared
+    rows = [row for row in rows if options.only in row.key or (row.is_ours and row.workload in workloads)]
     if not rows:
         raise ValueError(f"--only {options.only!r} leaves no row of {', '.join(sections)}")
     runner = Runner(device=device, folder=options.out, quick=options.quick, budget_s=budget_s, command=command)

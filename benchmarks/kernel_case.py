@@ -180,7 +180,7 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
     least = floors(case, context.ceilings, instructions_per_element(case.cost, _capability(device)))
     for name, measurement in measured.items():
         figures = found[name]
-        figures.update(measurement.figures())
+        figures.update(measurement.figures())  # type: ignore[typeddict-item]
         figures.update(least)
         figures["of_copy"] = least["byte_floor_ms"] / measurement.median_ms
     return found

@@ -212,7 +212,7 @@ def interleave(
     Samples are divided by `divide`, the number of equal pieces of work in a call.
     """
     flush = _flusher(device)
-    everything = dict(calls) if probe is None else {**calls, "probe": probe}
+    everything: dict[str, Callable[[], object]] = dict(calls) if probe is None else {**calls, "probe": probe}
     for call in everything.values():
         _warm_up(lambda call=call: time_once(call, device, flush), seconds)  # type: ignore[misc]
     samples: dict[str, list[float]] = {name: [] for name in everything}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def commit(root: Path = ROOT) -> str | None:
 def identity(device: torch.device, *, quick: bool) -> dict[str, Any]:
     """What must be equal for two runs to share a file."""
     versions = environment()
-    names = ("python", "torch", "triton", "cuda", "cudnn")
+    names: tuple[str, ...] = ("python", "torch", "triton", "cuda", "cudnn")
     names += () if device.type == "cuda" else ("cpu", "torch_threads")
     return {
         "device": device_name(device),
@@ -100,7 +101,10 @@ def save(report: Report, path: Path) -> None:
     """Replaces the file in one move, so that a run that is stopped leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    text = json.dumps(report, indent=1)
+    # the samples of a row on one line
+    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    temporary.write_text(text + "\n")
     temporary.replace(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ COLUMNS = {"px": 1.414, "pm": -1.0, "lim": 1.0, "cx": 0.85, "c0": 0.11, "c_next"
 DDPM_STD, GUIDANCE, AGE_ONE = 0.2, 7.5, -0.06
 
 
-def _row(device: torch.device, n_slots: int = 0, draw: int = -1, **columns: float) -> tuple[Tensor, Tensor]:
+def _row(device: torch.device, columns: dict[str, float], n_slots: int = 0, draw: int = -1) -> tuple[Tensor, Tensor]:
     """A step table of one row: (floats, integers)."""
     values = [columns.get(name, 0.0) for name in FLOAT_COLUMNS] + [columns.get("h", 0.0)] * n_slots
     integers = [[0 if n_slots else -1, draw, STREAMS["step"]]]
@@ -47,7 +48,7 @@ def p_sample_case(
 
     def inputs(device: torch.device) -> Inputs:
         batch = shape[0]
-        floats, integers = _row(device, n_slots, DRAW if draws else -1, **columns)
+        floats, integers = _row(device, columns, n_slots, DRAW if draws else -1)
         made = {
             "x": normal_like(shape, fp32, device),
             "model_output": normal_like((batch * (1 + guided), *shape[1:]), model, device),
@@ -83,7 +84,7 @@ def p_sample_case(
         uncond, output = output.chunk(2) if guided else (None, output)
         history = values["history"][None] if guided else None
         made = {"seed": values["seed"], "sample_indices": values["sample"]}
-        source = {"kernel": made, "given": {"noise": values.get("noise")}, "none": {}}[noise_kind]
+        source: dict[str, Any] = {"kernel": made, "given": {"noise": values.get("noise")}, "none": {}}[noise_kind]
         table, x = DeviceTable(values["floats"], values["integers"]), values["x"]
 
         def call() -> Outputs:
@@ -135,7 +136,7 @@ def solver_step_case(shape: Sequence[int], dtype: torch.dtype, *, extended: bool
     def inputs(device: torch.device) -> Inputs:
         names = ("x", "model_output", *(("noise", "newer", "older") if extended else ()))
         made = {name: normal_like(shape, dtype, device) for name in names}
-        made["floats"], _ = _row(device, 2 * extended, **columns)
+        made["floats"], _ = _row(device, columns, 2 * extended)
         return made | {"row": torch.zeros(1, dtype=torch.int64, device=device)}
 
     def formula(values: Inputs, given: Tensor | None) -> Outputs:

@@ -1,6 +1,6 @@
-"""Reports made by hand."""
+"""Reports made by hand, and runs that need no real environment."""
 
-from benchmarks import store
+from benchmarks import runner, store
 
 
 def record(run="one", status="done", **figures):
@@ -42,3 +42,13 @@ def make_report(rows, device="h200", quick=False):
             store.add(report, key, {"contender": contender, **one, "section": section, "workload": workload})
             report["runs"].setdefault(one["run"], RUN)
     return report
+
+
+def fix_environment(monkeypatch):
+    """Versions and sources that stay what they are: collecting them takes a second, and somebody may edit a file."""
+    monkeypatch.setattr(store, "environment", lambda: RUN["environment"] | {"python": "3.12.1", "cudnn": 91000})
+    monkeypatch.setattr(runner, "environment", lambda: RUN["environment"])
+    monkeypatch.setattr(store, "source_digest", lambda: "abc")
+    monkeypatch.setattr(store, "commit", lambda: None)
+    # collecting garbage costs more than everything else here
+    monkeypatch.setattr(runner, "_release", lambda device: None)

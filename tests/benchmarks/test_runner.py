@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from hand_made_reports import fix_environment
 
-from benchmarks import runner, store
+from benchmarks import store
 from benchmarks.ceilings import Ceilings
 from benchmarks.runner import Runner, one_line
 from benchmarks.suite import Row, Skip
@@ -15,10 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fixed_environment(monkeypatch):
-    # collecting the versions takes most of a second
-    versions = dict.fromkeys(("python", "torch", "triton", "cuda", "cudnn", "cpu", "torch_threads"), "1")
-    monkeypatch.setattr(store, "environment", lambda: versions)
-    monkeypatch.setattr(runner, "environment", lambda: versions)
+    fix_environment(monkeypatch)
 
 
 class Clock:
