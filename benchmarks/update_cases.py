@@ -84,7 +84,7 @@ def p_sample_case(
         uncond, output = output.chunk(2) if guided else (None, output)
         history = values["history"][None] if guided else None
         made = {"seed": values["seed"], "sample_indices": values["sample"]}
-        source: dict[str, Any] = {"kernel": made, "given": {"noise": values.get("noise")}, "none": {}}[noise_kind]
+        sources: dict[str, dict[str, Any]] = {"kernel": made, "given": {"noise": values.get("noise")}, "none": {}}
         table, x = DeviceTable(values["floats"], values["integers"]), values["x"]
 
         def call() -> Outputs:
@@ -96,7 +96,7 @@ def p_sample_case(
                 model_output_uncond=uncond,
                 history=history,
                 model_input_out=values["model_input"],
-                **source,
+                **sources[noise_kind],
             )
             return (x, values["model_input"], *([values["history"]] if guided else []))
 
