@@ -20,7 +20,7 @@ SCALING = GOAL_SIDES[:3]
 SCALING_WORKLOADS = (
     *(Workload(model="cifar10", batch=batch) for batch in (16, 64)),
     *(Workload(model="cifar10", batch=1, steps=steps) for steps in (10, 100)),
-    Workload(model="cifar10", batch=16, resolution=64),
+    *(Workload(model="cifar10", batch=16, resolution=resolution) for resolution in (64, 128)),
 )
 
 

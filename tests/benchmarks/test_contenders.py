@@ -45,14 +45,24 @@ def test_eager_contenders_evaluate_as_the_textbook(contender: Contender, task: T
     oracle_of(task, walk=False).check(run(contender, task, walk=False), contender.numerics)
 
 
-def test_the_engine_compiled_walks_as_the_textbook(needs_cxx: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = next(one for one in contenders(CPU) if one.name == "fastdiff")
-    assert ours.compiling
-    # one level: what it takes to compile grows with the layers
-    config = replace(MODELS["tiny"].config, channel_mult=(1,), attention_resolutions=())
-    monkeypatch.setitem(MODELS, "nano", replace(MODELS["tiny"], config=config))
-    task = make_task(Workload(model="nano", batch=2), CPU)
-    oracle_of(task, walk=True).check(run(ours, task, walk=True), ours.numerics)
+@pytest.mark.parametrize("name", ["fastdiff", "diffusers-best", "textbook-compiled"])
+def test_compiled_contenders_walk_as_the_textbook(
+    name: str, task: Task, walk_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contender = next(one for one in contenders(CPU) if one.name == name)
+    assert contender.compiling
+    traced: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: object) -> object:
+        traced.append(name)
+        return graph.forward
+
+    # traced whole, but not by Inductor, which takes a minute for this model
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: plain(f, backend=backend, fullgraph=True))
+    walk_oracle.check(run(contender, task, walk=True), contender.numerics)
+    torch.compiler.reset()
+    assert traced == [name]
 
 
 def test_a_wrong_contender_is_caught(task: Task, walk_oracle: Oracle) -> None:
