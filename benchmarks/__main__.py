@@ -1,8 +1,8 @@
 """The benchmark suite: python -m benchmarks all --out DIR, and again until nothing is open.
 
 Each run adds to the newest result file in DIR that was begun on this device with these versions and sources, and
-measures what is not in it. `report` turns result files into a page and plots, `compare` says what has changed between
-two of them.
+measures what is not in it. On a machine that keeps nothing, take the JSON away after each run and bring it back into
+DIR for the next. `report` turns result files into a page and plots, `compare` says what has changed between two.
 """
 
 from __future__ import annotations

@@ -112,22 +112,29 @@ class Runner:
 
     def _run_workload(self, group: list[Row], context: Context, outcome: Outcome) -> None:
         waiting = [row for row in group if not row.is_ours and not store.is_done(self.report, row.key)]
-        ours = [row for row in group if row.is_ours]
-        for row in ours:
+        for row in group:
+            if not row.is_ours:
+                continue
             already = store.is_done(self.report, row.key)
-            # measured once more only for the sake of a row that fits behind it
-            cost = self._expected_s(row) + (min(map(self._expected_s, waiting), default=0.0) if already else 0.0)
             if already and not waiting:
                 continue
+            # measured once more only for the sake of a row that fits behind it
+            cost = self._expected_s(row) + (min(map(self._expected_s, waiting)) if already else 0.0)
             if cost > self.remaining_s():
-                outcome.open += [row.key for row in ([] if already else [row]) + waiting]
+                for left in ([] if already else [row]) + waiting:
+                    self._leave_open(left, cost, outcome)
                 return
             self._run_row(row, context, outcome)
         for row in waiting:
-            if self._expected_s(row) > self.remaining_s():
-                outcome.open.append(row.key)
+            cost = self._expected_s(row)
+            if cost > self.remaining_s():
+                self._leave_open(row, cost, outcome)
             else:
                 self._run_row(row, context, outcome)
+
+    def _leave_open(self, row: Row, cost: float, outcome: Outcome) -> None:
+        outcome.open.append(row.key)
+        self.say(f"{row.key}: open, would take about {cost:.0f} s of the {max(self.remaining_s(), 0.0):.0f} s left")
 
     def _expected_s(self, row: Row) -> float:
         """What the row took when it was last measured, else what it says."""

@@ -1,11 +1,11 @@
 """The suite's result file: rows as they are measured, by which process, and whether a later run may add to it.
 
     {"format": 1, "device": "h200", "quick": false, "identity": {...}, "date": "2026-11-21",
-     "runs": {id: {"command", "started", "environment", "commit", "ceilings", "load"}},
+     "runs": {id: {"command", "started", "commit", "environment", "ceilings"}},
      "rows": {key: [record, ...]}}
 
-A record is a row's figures with "run" (id of the process), "status" ("done", "failed" or "skipped"), "seconds" and, for
-the latter two, "reason". A key holds one record of each run that tried it, the newest last.
+A record is a row's figures with "run" (id of the process), "status" ("done", "failed" or "skipped"), "seconds", the
+machine's "load" and, for the latter two, "reason". A key holds one record of each run that tried it, the newest last.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def test_second_run_measures_what_is_open_and_nothing_twice(tmp_path):
     first = rows.measure(tmp_path, budget_s=25)
     assert rows.ran == ["sampling/a/fastdiff", "sampling/b/fastdiff"]
     assert first.open == ["sampling/c/fastdiff"]
+    assert rows.said[-1] == "sampling/c/fastdiff: open, would take about 10 s of the 5 s left"
     second = rows.measure(tmp_path)
     assert rows.ran == ["sampling/c/fastdiff"]
     assert (second.path, second.open) == (first.path, [])
