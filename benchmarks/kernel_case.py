@@ -78,7 +78,7 @@ def relative_error(outputs: Outputs, expected: Outputs) -> float:
     return max(errors)
 
 
-def instructions_per_element(cost: str | None, capability: str | None) -> float | None:
+def instructions_per_element(cost: str | None, capability: str) -> float | None:
     """SASS instructions of the newest committed kernel-cost file, of this capability ("sm_90") or else of sm_90."""
     files = sorted(RESULTS.glob("kernel-cost_*.json"))
     if cost is None or not files:
@@ -177,7 +177,9 @@ def measure_case(case: KernelCase, context: Context) -> dict[str, Figures | Exce
                 found[name] = failure
         seconds = QUICK_SECONDS if context.quick else SECONDS
         measured = interleave(calls, device, seconds=seconds, divide=len(sets), probe=context.probe)
-    least = floors(case, context.ceilings, instructions_per_element(case.cost, _capability(device)))
+    # without a GPU the kernels do not run, and their instructions say nothing
+    instructions = instructions_per_element(case.cost, _capability(device)) if device.type == "cuda" else None
+    least = floors(case, context.ceilings, instructions)
     for name, measurement in measured.items():
         figures = found[name]
         figures.update(measurement.figures())  # type: ignore[typeddict-item]
@@ -224,7 +226,5 @@ def _repeated(calls: list[Callable[[], Outputs]], device: torch.device) -> tuple
         return run, f"launched one by one: {str(error).splitlines()[0][:100]}"
 
 
-def _capability(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
+def _capability(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
