@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ class CompiledOrEager:
             return result
 
 
+@contextlib.contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """While entered, and if enabled, cuDNN may time its algorithms for each new shape of a convolution."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class CudnnBenchmarked:
     """Calls a compiled model while cuDNN may time its algorithms for each new shape of a convolution."""
 
@@ -87,12 +99,8 @@ class CudnnBenchmarked:
         return self._compiled.compile_seconds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-        try:
+        with cudnn_benchmark(True):
             return self._compiled(*args, **kwargs)
-        finally:
-            torch.backends.cudnn.benchmark = before
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

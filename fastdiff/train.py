@@ -7,18 +7,16 @@ are logged.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
 from fastdiff import checkpoint, superres
 from fastdiff.data import Dataset
+from fastdiff.interruption import Interruption
 from fastdiff.loss import DiffusionLoss
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.superres import SuperresScore
@@ -109,7 +107,7 @@ def train(
         total=config.steps, initial=step, unit=" images", unit_scale=config.batch_size, disable=not config.progress
     )
     throughput, first = Throughput(), step
-    with _Interruption() as interruption, bar:
+    with Interruption() as interruption, bar:
         while step < config.steps:
             losses, gradient_norm = train_step(step)
             log.add(losses.mean(), gradient_norm, learning_rate(config, step))
@@ -140,6 +138,7 @@ def train(
                     train_state=train_step.state(),
                     state={"step": step, "options": asdict(config)},
                 )
+                checkpoint.prune_checkpoints(output, keep_last=config.keep_last, keep_every=config.keep_every)
                 log.plot(output / "loss.png")
             if sampling:
                 draw_samples(ema.model, schedule, config, held_out or dataset, output / "samples" / f"step-{step}.png")
@@ -191,22 +190,3 @@ def _settings(
         "seed": config.seed,
         "command": config.command(),
     }
-
-
-class _Interruption:
-    """While entered, the first SIGINT or SIGTERM asks the loop to stop after its step; a second one acts as usual."""
-
-    def __enter__(self) -> _Interruption:
-        self.requested = False
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.__exit__()

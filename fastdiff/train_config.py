@@ -19,6 +19,8 @@ BOUNDS = {
             "gradient_accumulation_steps",
             "log_every",
             "checkpoint_every",
+            "keep_last",
+            "keep_every",
         ),
         (1, 2**31, "at least 1"),
     ),
@@ -100,6 +102,10 @@ class TrainConfig:
     """Steps between readings of the loss; only then does the host wait for the device."""
     checkpoint_every: int = 500
     """Steps between checkpoints (and measurements of the held-out loss). The last step always writes one."""
+    keep_last: int | None = None
+    """Remove all checkpoints but this many of the newest; None keeps all."""
+    keep_every: int | None = None
+    """With keep_last: keep those of a multiple of this many steps, too."""
     sample_every: int = 500
     """Steps between pictures of samples; 0 draws none."""
     progress: bool = True

@@ -21,7 +21,7 @@ from fastdiff.unet_config import PRESETS
 
 # What may differ between a run and its continuation; every other option decides the weights.
 FREE_ON_RESUME = {"steps", "data_root", "output", "device", "compile", "cuda_graph", "progress", "resume"}
-FREE_ON_RESUME |= {"log_every", "checkpoint_every", "sample_every"}
+FREE_ON_RESUME |= {"log_every", "checkpoint_every", "keep_last", "keep_every", "sample_every"}
 
 
 def find_run(config: TrainConfig) -> Path | None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.activation_memory import ActivationMemory
-from fastdiff.compilation import CompiledOrEager, compile_options
+from fastdiff.compilation import CompiledOrEager, compile_options, cudnn_benchmark
 from fastdiff.cuda_graph import capture
 from fastdiff.data import BatchOrder, Dataset, random_flip
 from fastdiff.ema import EMA
@@ -183,17 +183,6 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             for key in OPTIMIZER_STATE:
                 self._optimizer.state[parameter][key].copy_(tensors[f"optimizer.{key}.{name}"])
-
-
-@contextlib.contextmanager
-def cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """While entered, and if enabled, cuDNN may time its algorithms for each new shape of a convolution."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or enabled
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

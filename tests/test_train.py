@@ -356,3 +356,10 @@ def test_a_log_line_that_a_crash_cut_off_is_dropped(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     TrainLog(path, start=2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_only_the_newest_checkpoints_and_every_so_many_steps_are_kept(tmp_path):
+    config = options(tmp_path, steps=7, checkpoint_every=1, keep_last=2, keep_every=3)
+    train(config, model_config=TINY)
+    kept = sorted(int(path.name[5:]) for path in tmp_path.glob("step-*"))
+    assert kept == [3, 6, 7]
