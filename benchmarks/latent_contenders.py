@@ -30,8 +30,8 @@ class LatentContender:
     mode: str | None = None
     accelerated: bool = False
 
-    def walk(self, task: LatentTask) -> Callable[[], Tensor]:
-        """A call that samples once."""
+    def walk(self, task: LatentTask) -> Callable[[int], Tensor]:
+        """Samples once, called with the number of steps."""
         from fastdiff.compat.diffusers import accelerate
 
         pipe = task.pipeline(self.numerics.dtype)
@@ -44,7 +44,7 @@ class LatentContender:
         latents, embeddings = task.inputs(self.numerics.state_dtype)
         if self.mode is not None or self.accelerated:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        return lambda: pipe(latents, embeddings, task.spec.steps)
+        return lambda steps: pipe(latents, embeddings, steps)
 
 
 def latent_contenders(device: torch.device) -> list[LatentContender]:

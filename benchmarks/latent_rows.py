@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from benchmarks.latent_pipeline import LatentTask
 
 COMPILE_S = {"sd15": 120.0, "sd-tiny": 40.0}
+# of a walk, all steps being alike
+PROFILED_STEPS = 2
 # a walk in float32, several times over
 FLOAT32_S = {"sd15": 60.0, "sd-tiny": 0.0}
 
@@ -58,29 +60,35 @@ def latent_row(model: str, batch: int, contender: LatentContender, device: torch
 def measure_latent(context: Context, model: str, batch: int, contender: LatentContender) -> Figures:
     """Check, time and profile, as `benchmarks.model_row.measure_contender` does.
 
-    What is expected is diffusers' own pipeline in float32: in float64 a walk of this model would take minutes. So that
-    pipeline's row has no error of its own.
+    On a GPU what is expected is diffusers' own pipeline in float32: in float64 a walk of the large model would take
+    minutes. So that pipeline's row has no error of its own.
     """
     require("diffusers")
     from benchmarks.latent_pipeline import LatentTask
 
     task = LatentTask(model=model, batch=batch, device=context.device)
-    oracle = once(context, "oracle", lambda: oracle_of(task, exact=torch.float32))
+    exact = torch.float32 if context.device.type == "cuda" else torch.float64
+    oracle = once(context, "oracle", lambda: oracle_of(task, exact=exact))
     flops, weights = once(context, "flops", lambda: flops_and_weights(task))
     steps, numerics = task.spec.steps, contender.numerics
     with numerics.installed(), torch.no_grad(), as_told():
-        call = contender.walk(task)
+        walk = contender.walk(task)
+
+        def call() -> Tensor:
+            return walk(steps)
+
         result, first_s = first_call(call, context.device)
-        checked = {} if numerics.dtype == torch.float32 else oracle.check(ends(result), numerics)
+        checked = None if numerics.dtype == exact else oracle.check(ends(result), numerics)
         measured = context.measure(call, images=batch)
         moved = steps * numerics.dtype.itemsize * (weights + 4 * result.numel())
         figures = measured_figures(context, numerics, measured, steps * flops, moved)
         figures |= {"ms_per_step": measured.median_ms / steps, "note": contender.title + graph_skips()}
-        if checked:
+        if checked is not None:
             figures |= {"error": checked[0], "tolerance": checked[1]}
         if contender.compiling:
             figures["compile_s"] = max(0.0, first_s - measured.median_ms / 1e3)
-        figures |= profile_figures(call, context, measured.median_ms, steps)
+        part = measured.median_ms * PROFILED_STEPS / steps
+        figures |= profile_figures(lambda: walk(PROFILED_STEPS), context, part, PROFILED_STEPS)
     return figures
 
 
@@ -89,7 +97,7 @@ def oracle_of(task: LatentTask, *, exact: torch.dtype) -> Oracle:
     few = replace(task, only_ends=True)
 
     def textbook(numerics: Numerics) -> Tensor:
-        return LatentContender(name="textbook", title="textbook", numerics=numerics).walk(few)()
+        return LatentContender(name="textbook", title="textbook", numerics=numerics).walk(few)(task.spec.steps)
 
     return Oracle(textbook, exact=exact)
 
