@@ -96,7 +96,7 @@ def test_tolerances_follow_from_the_textbooks_own_errors() -> None:
 
     oracle = Oracle(textbook)
     assert oracle.tolerance(BFLOAT16) == pytest.approx(2e-2, rel=1e-3)
-    assert oracle.tolerance(TF32) == pytest.approx(2e-2 / 8, rel=1e-3)
+    assert oracle.tolerance(TF32) == pytest.approx(2e-2 / 4, rel=1e-3)
     assert oracle.tolerance(FLOAT32) == pytest.approx(FLOAT32_MARGIN * 1e-6, rel=0.1)
 
 
