@@ -194,6 +194,8 @@ class DiffusersTrainer(Trainer):
         network = model if self.mode is None else torch.compile(model, mode=self.mode, fullgraph=True)
 
         def call(x: Tensor, t: Tensor) -> Tensor:
+            # the graphs of its mode may reuse the last step's memory
+            torch.compiler.cudagraph_mark_step_begin()
             return network(x, t, return_dict=False)[0]
 
         return PlainTraining(
