@@ -1,7 +1,7 @@
 """Group normalisation with its neighbours in a U-Net: channel bias before it, scale-shift and SiLU after it.
 
-`group_norm_plan` chooses between the one-pass kernel here and the two of `group_norm_split`. Both take statistics around
-the mean in float32, add without atomics in a fixed order, and keep what a backward pass needs: mean and rstd of a group.
+`group_norm_plan` chooses between the one-pass kernel here and the two of `group_norm_split`. Both take statistics in
+float32 around the mean, add without atomics in a fixed order, and keep the mean and rstd of a group for the backward.
 """
 
 import math
@@ -13,10 +13,10 @@ from torch import Tensor
 from fastdiff.kernels.checks import FLOAT_DTYPES, check_tensor
 from fastdiff.kernels.dispatch import device_guard, tl, triton, use_triton
 from fastdiff.kernels.group_norm_backward import group_norm_silu_backward_op
-from fastdiff.kernels.group_norm_plan import MAX_GROUP, channel_rows, choose_plan, multiprocessors_of
+from fastdiff.kernels.group_norm_plan import MAX_GROUP, choose_plan, multiprocessors_of
 from fastdiff.kernels.group_norm_split import _group_norm_moments_kernel, _group_norm_normalise_kernel
 from fastdiff.kernels.group_tile import affine, load_row, silu_of, spread_groups, sum_groups
-from fastdiff.kernels.layout import empty, is_channels_last, sample_extent
+from fastdiff.kernels.layout import channel_rows, empty, is_channels_last, sample_extent
 
 _DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -187,8 +187,8 @@ def group_norm_silu_ref(
 ) -> Tensor:
     """`group_norm_silu` in plain PyTorch.
 
-    Eager statistics are torch's: its kernel for channels-last tensors on CPUs takes E[x^2] - E[x]^2, which cancels where
-    the mean is a thousand times the spread.
+    Eager statistics are torch's: its kernel for channels-last tensors on CPUs takes E[x^2] - E[x]^2, which cancels
+    where the mean is a thousand times the spread.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     h = x.to(dtype)

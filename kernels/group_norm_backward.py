@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import device_guard, tl, triton
-from fastdiff.kernels.group_norm_plan import channel_rows, choose_plan, multiprocessors_of
+from fastdiff.kernels.group_norm_plan import choose_plan, multiprocessors_of
 from fastdiff.kernels.group_norm_split import _group_norm_backward_dx_kernel, _group_norm_backward_sums_kernel
 from fastdiff.kernels.group_tile import (
     affine,
@@ -26,7 +26,7 @@ from fastdiff.kernels.group_tile import (
     store_channel_gradients,
     sum_groups,
 )
-from fastdiff.kernels.layout import empty, is_channels_last, sample_extent
+from fastdiff.kernels.layout import channel_rows, empty, is_channels_last, sample_extent
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastdiff.kernels.dispatch import INTERPRET, LAUNCH_OPTIONS
 
@@ -168,12 +167,3 @@ def _num_warps(tile: int, itemsize: int) -> int:
 def _power_of_two(n: int) -> int:
     """The smallest one that is not below n."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def channel_rows(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """A [C] or [B, C] tensor whose rows are dense, copied only where they are not, and the distance of its rows."""
-    if value is None:
-        return None, 0
-    if value.stride(-1) != 1 and value.shape[-1] > 1:
-        value = value.contiguous()
-    return value, value.stride(0) if value.ndim == 2 else 0

@@ -69,6 +69,15 @@ def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch
     return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device=device).movedim(-1, 1)
 
 
+def channel_rows(value: Tensor | None) -> tuple[Tensor | None, int]:
+    """A [C] or [B, C] tensor whose rows are dense, copied only where they are not, and the distance of its rows."""
+    if value is None:
+        return None, 0
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        value = value.contiguous()
+    return value, value.stride(0) if value.ndim == 2 else 0
+
+
 def _merged(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The one stride that walks these axes in order, or None."""
     step = None

@@ -10,7 +10,7 @@ from group_norm_formula import Inputs, assert_forward, channels_last, formula, m
 from fastdiff.kernels import group_norm as module
 from fastdiff.kernels.dispatch import HAS_TRITON, INTERPRET
 from fastdiff.kernels.group_norm import _group_norm_silu_op, group_norm_silu, group_norm_silu_ref
-from fastdiff.kernels.group_norm_plan import channel_rows
+from fastdiff.kernels.layout import channel_rows
 
 # bf16 stores truncate in the interpreter
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (torch.cuda.is_available() or not INTERPRET)
