@@ -19,6 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
@@ -41,8 +42,9 @@ H200 = types.SimpleNamespace(
     L2_cache_size=62_914_560,
     gcnArchName="",
 )
-# Whether a matrix product gains by padding would be timed; workers would compile what is generated.
-WITHOUT_A_GPU = {"shape_padding": False, "compile_threads": 1}
+# Whether a matrix product gains by padding would be timed; workers would compile what is generated; a graph that the
+# cache of a machine with a GPU has would not be generated.
+WITHOUT_A_GPU = {"shape_padding": False, "compile_threads": 1, "fx_graph_cache": False}
 CUDA_QUERIES: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
@@ -172,9 +174,8 @@ def _tracing_of_cuda() -> Iterator[None]:
 
 
 def _convolution_layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
-    channels_last = any(
-        one.is_contiguous(memory_format=torch.channels_last) and not one.is_contiguous() for one in (x, weight)
-    )
+    # by strides, so that a 1x1 weight can be of either format
+    channels_last = torch.channels_last in map(suggest_memory_format, (x, weight))
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

@@ -31,6 +31,7 @@ from torch._inductor.scheduler import BaseSchedulerNode
 from benchmarks.absent_gpu import DEVICE, generate, on_device
 from benchmarks.latent_pipeline import LATENT_MODELS
 from fastdiff.compat.diffusers.fused_modules import fuse_norms
+from fastdiff.compat.diffusers.pipeline import set_layout
 from fastdiff.compat.diffusers.unet_config import diffusers_config
 from fastdiff.compilation import compile_options
 from fastdiff.environment import environment
@@ -101,9 +102,11 @@ def census_of_unet(variant: str, workload: str) -> dict[str, Any]:
     """
     name, batch = workload.split("-b")
     model, inputs = _latent(name, 2 * int(batch)) if name in LATENT_MODELS else _pixel(variant, name, int(batch))
-    if variant == "diffusers, fused norms":
-        fuse_norms(model)
     model = model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    if variant == "diffusers, fused norms":
+        # as `accelerate` does
+        set_layout(model, channels_last=True)
+        fuse_norms(model)
 
     def arguments() -> tuple[Tensor, ...]:
         on_device(model)

@@ -233,6 +233,16 @@ def test_the_unet_stays_the_same_object(pipe: Any, tmp_path: Path) -> None:
     assert draw(pipe).std() > 0.1
 
 
+def test_a_1x1_conv_decides_its_layout_and_gives_it_back(pipe: Any) -> None:
+    block = next(module for module in pipe.unet.modules() if type(module).__name__ == "Transformer2DModel")
+    before = {name: weight.stride() for name, weight in pipe.unet.named_parameters()}
+    accelerate(pipe)
+    channels = block.proj_out.in_channels
+    assert block.proj_out.weight.stride() == (channels, 1, channels, channels)
+    restore(pipe)
+    assert {name: weight.stride() for name, weight in pipe.unet.named_parameters()} == before
+
+
 def test_dtype_is_that_of_all_models(pipe: Any) -> None:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = draw(pipe, latents=latents.float())

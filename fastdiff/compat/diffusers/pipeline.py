@@ -87,8 +87,8 @@ def accelerate(
         _set_scheduler(pipe, fast)
     if dtype is not None:
         pipe.to(dtype)
-    _set_layout(pipe, channels_last)
     for model in _networks(pipe):
+        set_layout(model, channels_last)
         unfuse_norms(model)
         if fused_norm:
             fuse_norms(model)
@@ -120,8 +120,8 @@ def restore(pipe: Any) -> Any:
     unet = _unet(pipe)
     if isinstance(pipe.scheduler, FusedScheduler):
         pipe.scheduler = _original_class(pipe.scheduler).from_config(pipe.scheduler.config)
-    _set_layout(pipe, channels_last=False)
     for model in _networks(pipe):
+        set_layout(model, channels_last=False)
         unfuse_norms(model)
     _restore_forwards(unet)
     return pipe
@@ -165,12 +165,17 @@ def _networks(pipe: Any) -> list[nn.Module]:
     return [model for model in candidates if isinstance(model, nn.Module)]
 
 
-def _set_layout(pipe: Any, channels_last: bool) -> None:
+def set_layout(model: nn.Module, channels_last: bool) -> None:
+    """Give a model's conv weights channels-last strides, or contiguous ones."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
-    for model in _networks(pipe):
-        for weight in model.parameters():
-            if weight.dim() in (4, 5):
-                weight.data = weight.data.contiguous(memory_format=formats.get(weight.dim(), torch.contiguous_format))
+    for weight in model.parameters():
+        if weight.dim() in (4, 5):
+            # By strides: a 1x1 conv's weight counts as contiguous in both formats, and then its output is NCHW
+            # wherever its input is, which diffusers' transformer blocks make so.
+            memory_format = formats.get(weight.dim(), torch.contiguous_format)
+            laid_out = torch.empty_like(weight.data, memory_format=memory_format)
+            if laid_out.stride() != weight.stride():
+                weight.data = laid_out.copy_(weight.data)
 
 
 def _restore_forwards(unet: nn.Module) -> None:
