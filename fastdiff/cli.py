@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastdiff.bulk_config import BulkConfig
+from fastdiff.eval_config import EvalLikelihoodConfig, EvalSamplesConfig
 from fastdiff.profile_config import FIGURES, ProfileSampleConfig, ProfileTrainConfig
 from fastdiff.sample_config import SampleConfig
 from fastdiff.train_config import TrainConfig
@@ -111,6 +112,32 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalSamples(EvalSamplesConfig):
+    """How near samples are to real images: FID, KID, precision and recall."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLikelihood(EvalLikelihoodConfig):
+    """How well a model knows images: its variational bound in bits a dimension, and its loss by timestep."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure how good samples, or a model, are."""
+
+    what: (
+        Annotated[EvalSamples, tyro.conf.subcommand("samples")]
+        | Annotated[EvalLikelihood, tyro.conf.subcommand("likelihood")]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verify:
     """Compare every kernel and every reference with float64 formulas, on this machine."""
 
@@ -128,11 +155,12 @@ class Env:
     """Print one JSON object."""
 
 
-Command = Sample | Train | Generate | Profile | Checkpoint | Verify | Env
+Command = Sample | Train | Generate | Eval | Profile | Checkpoint | Verify | Env
 Parser = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
@@ -162,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command_name(words: list[str]) -> str:
-    inner = {"profile": ("sample", "train"), "checkpoint": ("verify", "inspect")}
+    inner = {"profile": ("sample", "train"), "checkpoint": ("verify", "inspect"), "eval": ("samples", "likelihood")}
     if words and words[0] in inner:
         return " ".join(words[:2] if words[1:2] and words[1] in inner[words[0]] else words[:1])
     return words[0] if words and words[0] in ("sample", "train", "generate", "verify", "env") else ""
@@ -204,6 +232,8 @@ def _run(command: Command) -> int:
         return _train(command)
     if isinstance(command, Generate):
         return _generate(command)
+    if isinstance(command, Eval):
+        return _eval(command.what)
     if isinstance(command, Profile):
         return _profile(command.what)
     if isinstance(command, Checkpoint):
@@ -275,6 +305,24 @@ def _generate(command: Generate) -> int:
     else:
         print(f"stopped; continue with: {config.command()} --resume")
     return 0 if done.completed else INTERRUPTED
+
+
+def _eval(command: EvalSamples | EvalLikelihood) -> int:
+    progress = sys.stderr.isatty() and not command.json
+    report: Any
+    if isinstance(command, EvalSamples):
+        from fastdiff.evaluate import evaluate_samples
+
+        report = evaluate_samples(command, progress=progress)
+    else:
+        from fastdiff.likelihood import evaluate_likelihood
+
+        report = evaluate_likelihood(command, progress=progress)
+    if command.json:
+        _print_json(**report.to_dict())
+    else:
+        print(report.describe())
+    return 0
 
 
 def _profile(command: ProfileSample | ProfileTrain) -> int:

@@ -14,7 +14,8 @@ import torch
 import fastdiff
 from fastdiff.kernels import dispatch
 
-OPTIONAL_PACKAGES = ("torchvision", "scikit-learn", "matplotlib", "diffusers", "scipy", "pytest", "pytest-benchmark")
+OPTIONAL_PACKAGES = ("torchvision", "scikit-learn", "torch-fidelity", "matplotlib", "diffusers", "scipy")
+OPTIONAL_PACKAGES += ("pytest", "pytest-benchmark")
 REQUIRED_PACKAGES = ("numpy", "safetensors", "tqdm", "pillow", "tyro")
 
 
@@ -39,6 +40,12 @@ def environment() -> dict[str, Any]:
         "executable": sys.executable,
         "packages": {name: _version(name) for name in (*REQUIRED_PACKAGES, *OPTIONAL_PACKAGES)},
     }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Those of fastdiff, Python, torch and the named packages, for a result."""
+    own = {"fastdiff": fastdiff.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {**own, **{name: _version(name) for name in packages}}
 
 
 def describe(report: dict[str, Any]) -> str:
