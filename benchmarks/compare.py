@@ -3,16 +3,17 @@
 Successive samples of a run are no independent draws: clocks drift, neighbours come and go, and two runs differ by more
 than either varies within itself. So the unit is a block of successive samples:
 
-1. A run is cut into at most `BLOCKS` blocks. A block's time is the logarithm of its lower quartile: what disturbs a
-   call only ever makes it slower, and the disturbed calls of a block are rarely three quarters of it.
+1. A run is cut into at most `BLOCKS` blocks. A block's time is the logarithm of its lower decile: what disturbs a call
+   only ever makes it slower, and where a neighbour comes and goes the quiet calls alone say the same in every run.
 2. A run's time is the median of its blocks' times. Its standard error comes from their spread (median absolute
    deviation) and grows with the correlation of neighbouring blocks, which is what drift looks like from within.
-3. Two runs differ by something that neither shows within itself: `DRIFT` stands for it, and the probe, always the same
-   work, tells what the machine has become in between. What other processes took from the run (`waited`) may be
-   in its times or not.
+3. Two runs differ by something that neither shows within itself. It is the larger the more a run's calls differ among
+   themselves, and `LEVEL` of the distance from their decile to their median stands for it, `DRIFT` for what is left.
+   The probe, always the same work, tells what the machine has become in between. What other processes took from the
+   run (`waited`) may be in its times or not.
 4. A change is real if it is larger than all of these: `LEAST`, `ERRORS` standard errors, `MARGIN` times the change of
-   the probe, and what waiting may have added to both. If a change of `WANTED` would not be, or a run waited for more
-   than `MOST_WAITED` of its time, the row is too noisy to tell.
+   the probe, and what waiting may have added to both. If a change of `WANTED` would not be, if the probe itself has
+   changed by that, or a run waited for more than `MOST_WAITED` of its time, the row is too noisy to tell.
 
 A median absolute deviation of few blocks is itself uncertain; `_widening` makes up for it.
 """
@@ -28,9 +29,9 @@ import numpy as np
 
 from benchmarks import store
 
-BLOCKS, LEAST_IN_BLOCK = 20, 4
+BLOCKS, LEAST_IN_BLOCK, DECILE = 20, 4, 10
 LEAST, WANTED = 0.03, 0.05
-ERRORS, DRIFT, MARGIN = 3.5, 0.004, 1.5
+ERRORS, DRIFT, LEVEL, MARGIN = 3.5, 0.004, 0.25, 1.0
 MOST_CORRELATION, MOST_WAITED = 0.9, 0.1
 # of a normal distribution: standard deviation over median absolute deviation, and error of a median over a mean's
 MAD_TO_DEVIATION, MEDIAN_LOSS = 1.4826, 1.2533
@@ -63,11 +64,11 @@ class Change:
 
 
 def blocks(samples_ms: Sequence[float]) -> np.ndarray:
-    """Logarithms of the lower quartiles of successive blocks."""
+    """Logarithms of the lower deciles of successive blocks."""
     count = max(1, min(BLOCKS, len(samples_ms) // LEAST_IN_BLOCK))
     if count < 3:  # few, long calls: each is its own block
         return np.log(np.asarray(samples_ms, float))
-    return np.array([np.log(np.percentile(block, 25)) for block in np.array_split(np.asarray(samples_ms), count)])
+    return np.array([np.log(np.percentile(block, DECILE)) for block in np.array_split(np.asarray(samples_ms), count)])
 
 
 def locate(samples_ms: Sequence[float]) -> Located:
@@ -79,7 +80,9 @@ def locate(samples_ms: Sequence[float]) -> Located:
     spread = MAD_TO_DEVIATION * float(np.median(np.abs(times - centre)))
     correlation = _correlation(times)
     effective = len(times) * (1 - correlation) / (1 + correlation)
-    return Located(centre, _widening(len(times)) * MEDIAN_LOSS * spread / math.sqrt(max(effective, 1.0)))
+    error = _widening(len(times)) * MEDIAN_LOSS * spread / math.sqrt(max(effective, 1.0))
+    decile, median = np.percentile(samples_ms, [DECILE, 50])
+    return Located(centre, math.hypot(error, LEVEL * math.log(median / decile), DRIFT))
 
 
 def _correlation(times: np.ndarray) -> float:
@@ -100,13 +103,15 @@ def judge(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Chan
     """Compare two records of one row: their samples_ms in the order they were taken, probe_ms and waited if known."""
     runs = [locate(record["samples_ms"]) for record in (before, after)]
     difference = runs[1].log_ms - runs[0].log_ms
+    machine = _machine_change(before, after)
     least = max(
         math.log1p(LEAST),
-        ERRORS * math.sqrt(runs[0].error ** 2 + runs[1].error ** 2 + 2 * DRIFT**2),
-        MARGIN * _machine_change(before, after),
+        ERRORS * math.hypot(runs[0].error, runs[1].error),
+        MARGIN * machine,
         _waiting(before) + _waiting(after),
     )
-    disturbed = max(record.get("waited") or 0.0 for record in (before, after)) > MOST_WAITED
+    waited = max(record.get("waited") or 0.0 for record in (before, after))
+    disturbed = waited > MOST_WAITED or machine > math.log1p(WANTED)
     if abs(difference) > least and not disturbed:
         verdict = "slower" if difference > 0 else "faster"
     else:
@@ -126,7 +131,7 @@ def _machine_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> floa
     probes = [record.get("probe_ms") or () for record in (before, after)]
     if min(map(len, probes)) < 3:
         return 0.0
-    return abs(locate(probes[1]).log_ms - locate(probes[0]).log_ms)
+    return abs(math.log(np.median(probes[1]) / np.median(probes[0])))
 
 
 def _waiting(record: Mapping[str, Any]) -> float:
