@@ -14,8 +14,10 @@ import torch
 import fastdiff
 from fastdiff.kernels import dispatch
 
-OPTIONAL_PACKAGES = ("torchvision", "scikit-learn", "torch-fidelity", "matplotlib", "diffusers", "scipy")
-OPTIONAL_PACKAGES += ("pytest", "pytest-benchmark")
+OPTIONAL_PACKAGES = (
+    *("torchvision", "scikit-learn", "torch-fidelity", "matplotlib", "diffusers", "scipy"),
+    *("pytest", "pytest-benchmark"),
+)
 REQUIRED_PACKAGES = ("numpy", "safetensors", "tqdm", "pillow", "tyro")
 
 

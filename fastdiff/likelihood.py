@@ -6,6 +6,7 @@ the rounding of the model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ def variational_bound(
             output = model(x_t, conditions[t], **kwargs).double()
             predicted = (from_input[step] * x_t.double() + from_output[step] * output).clamp(-1, 1)
             if step == 0:
-                nats = -_log_probability(x0, predicted, decoder_std)
+                nats = -pixel_log_probability(x0, predicted, decoder_std)
             else:
                 nats = precision[step] * (x0 - predicted) ** 2 + constant[step]
             terms[:, step] = nats.flatten(1).mean(1)
@@ -202,9 +203,10 @@ def _kl_coefficients(schedule: NoiseSchedule, variance: str) -> tuple[FloatArray
     return 0.5 * schedule.posterior_mean_coef1**2 / step, 0.5 * (ratio - 1 - np.log(ratio))
 
 
-def _log_probability(x: Tensor, mean: Tensor, std: float) -> Tensor:
-    """log of the mass of N(mean, std²) in the bins of pixels x in [-1, 1], which reach 1 / 255 to both sides; the
-    first and the last reach to infinity (Ho et al. 2020, equation 13).
+def pixel_log_probability(x: Tensor, mean: Tensor, std: float) -> Tensor:
+    """log of the mass of N(mean, std²) in the bins of 8-bit pixels x in [-1, 1], like x; exact far from the mean too.
+
+    A bin reaches 1 / 255 to both sides, the first and the last to infinity (Ho et al. 2020, equation 13).
     """
     low = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) / std)
     high = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) / std)
@@ -265,8 +267,9 @@ def evaluate_likelihood(config: EvalLikelihoodConfig, *, progress: bool = False)
     dataset = _dataset(config, loaded).to(device)
     images, labels = dataset.images[: config.num], dataset.labels
     labels = None if labels is None or loaded.model.config.num_classes is None else labels[: config.num]
-    factor = loaded.config.get("superres_factor")
-    shown = None if loaded.config.get("task") != "superres" else lambda batch: superres.condition(batch, factor)
+    shown = None
+    if loaded.config.get("task") == "superres":
+        shown = functools.partial(superres.condition, factor=loaded.config["superres_factor"])
     arguments = (loaded.model, loaded.schedule, loaded.prediction_type, images, labels)
     common: dict[str, Any] = {"condition": shown, "seed": config.seed, "batch_size": config.batch_size}
     edges = bin_edges(loaded.schedule, config.bins)

@@ -12,7 +12,7 @@ from scipy.linalg import sqrtm
 from torch_fidelity import FeatureExtractorInceptionV3
 
 from fastdiff import feature_extractors, image_sets
-from fastdiff.bulk import generate_many
+from fastdiff.bulk import BulkResult, generate_many
 from fastdiff.bulk_config import BulkConfig
 from fastdiff.cli import main
 from fastdiff.data import load_dataset
@@ -275,6 +275,17 @@ def test_options_are_checked_before_samples_are_drawn(sketch, capsys, monkeypatc
     for message, words in wrong.items():
         assert main(["eval", "samples", "--extractor", "sketch:pixels", "--device", "cpu", *words]) in (1, 2)
         assert capsys.readouterr() == ("", f"fastdiff eval samples: error: {message}\n")
+
+
+def test_interruption_and_several_processes(sketch, capsys, monkeypatch):
+    words = ["eval", "samples", "--extractor", "sketch:pixels", "--device", "cpu"]
+    stopped = BulkResult(drawn=0, seconds=0.0, completed=False, out=sketch)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdiff.evaluate.generate_many", lambda *_, **__: stopped)
+        assert main(words) == 130
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words) == 2
+    assert "error: eval runs in one process: let torchrun start `fastdiff generate`" in capsys.readouterr().err
 
 
 def test_extractors_that_return_something_else(sketch):
