@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastdiff import image_sets
@@ -25,6 +27,7 @@ from fastdiff.image_sets import ImageSet
 
 # of the choice of KID's subsets: torch-fidelity's default
 KID_SEED = 2020
+KID_PARTS = 10
 # Images in a block of the distances between all pairs.
 PAIRS_BLOCK = 1024
 
@@ -35,9 +38,10 @@ class FeatureMetrics:
 
     fid: Frechet distance of the Gaussians fitted to them (Heusel et al. 2017, equation 6).
     kid: squared maximum mean discrepancy under a cubic kernel, unbiased, so that it may be slightly below 0 (Binkowski
-        et al. 2018, section 4), the mean over random subsets. kid_standard_error: of this mean: the standard deviation
-        of the subsets over the root of their number. Subsets share images: what another draw of samples would change
-        is not in it.
+        et al. 2018, section 4), the mean over random subsets. kid_subset_std: standard deviation of the subsets, which
+        share images: what is often reported, but no error of anything.
+    kid_standard_error: what another draw of samples and reference would change, from 10 disjoint parts of both: the
+        standard deviation of their KID over the root of 10. It is up to that root too large where the sets are alike.
     precision, recall: the fraction of samples within reach of the reference, and the other way round (Kynkäänniemi et
         al. 2019, section 3).
     """
@@ -45,6 +49,7 @@ class FeatureMetrics:
     fid: float
     kid: float
     kid_standard_error: float
+    kid_subset_std: float
     kid_subsets: int
     kid_subset_size: int
     precision: float
@@ -63,7 +68,7 @@ def compare_features(
     """Metrics of features [N, D] of samples and [M, D] of a reference, computed in float64.
 
     A KID subset has kid_subset_size images, or as many as there are. Raises ValueError for features of other shapes and
-    for fewer than neighbours + 1 images, ImportError without torch-fidelity.
+    for fewer than neighbours + 1 or 4 images, ImportError without torch-fidelity.
     """
     try:
         from torch_fidelity import metric_fid, metric_kid, metric_prc
@@ -72,16 +77,24 @@ def compare_features(
     shapes = [list(features.shape) for features in (samples, reference)]
     if any(len(shape) != 2 or shape[1] < 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(f"features must be [N, D] and [M, D] with D of at least 2, got {shapes[0]} and {shapes[1]}")
-    fewest, least = min(len(samples), len(reference)), neighbours + 1
+    # two parts of two images each for the error of KID
+    fewest, least = min(len(samples), len(reference)), max(neighbours + 1, 4)
     if fewest < least:
-        raise ValueError(f"neighbours {neighbours} needs at least {least} samples and references, got {fewest}")
+        raise ValueError(f"samples and reference must have at least {least} images for {neighbours=}, got {fewest}")
     samples, reference = samples.double(), reference.double()
     statistics = [metric_fid.fid_features_to_statistics(features.cpu()) for features in (samples, reference)]
     fid = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
     subset_size = min(kid_subset_size, fewest)
+    settings: dict[str, Any] = {"rng_seed": KID_SEED, "verbose": False}
     kid = metric_kid.kid_features_to_metric(
-        samples, reference, kid_subsets=kid_subsets, kid_subset_size=subset_size, rng_seed=KID_SEED, verbose=False
+        samples, reference, kid_subsets=kid_subsets, kid_subset_size=subset_size, **settings
     )
+    kids = [
+        metric_kid.kid_features_to_metric(*part, kid_subsets=1, kid_subset_size=len(part[0]), **settings)[
+            metric_kid.KEY_METRIC_KID_MEAN
+        ]
+        for part in _disjoint_parts(samples, reference)
+    ]
     reach = metric_prc.prc_features_to_metric(
         # what is called saving memory: without it all distances are in memory at once
         samples,
@@ -94,13 +107,23 @@ def compare_features(
     return FeatureMetrics(
         fid=fid[metric_fid.KEY_METRIC_FID],
         kid=kid[metric_kid.KEY_METRIC_KID_MEAN],
-        kid_standard_error=kid[metric_kid.KEY_METRIC_KID_STD] / kid_subsets**0.5,
+        kid_standard_error=float(np.std(kids, ddof=1)) / len(kids) ** 0.5,
+        kid_subset_std=kid[metric_kid.KEY_METRIC_KID_STD],
         kid_subsets=kid_subsets,
         kid_subset_size=subset_size,
         precision=reach[metric_prc.KEY_METRIC_PRECISION],
         recall=reach[metric_prc.KEY_METRIC_RECALL],
         neighbours=neighbours,
     )
+
+
+def _disjoint_parts(*sets: Tensor) -> list[list[Tensor]]:
+    """KID_PARTS random parts of each set, or as many as have two images, of one size; no image is in two."""
+    random, fewest = np.random.default_rng(KID_SEED), min(map(len, sets))
+    count = min(KID_PARTS, fewest // 2)
+    orders = [torch.from_numpy(random.permutation(len(features))) for features in sets]
+    size = fewest // count
+    return [[features[order[i * size : (i + 1) * size]] for features, order in zip(sets, orders)] for i in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)

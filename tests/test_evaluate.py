@@ -84,7 +84,7 @@ def test_kid_is_the_unbiased_estimator():
     assert abs(np.mean(same)) < 4 * np.std(same) / 40**0.5
 
 
-def test_kid_standard_error_is_that_of_the_mean_over_subsets():
+def test_kid_is_the_mean_over_subsets():
     x, y = normal(30, 4, 0), normal(20, 4, 1) + 0.5
     found = compare_features(x, y, kid_subsets=50, kid_subset_size=10)
     random = np.random.RandomState(KID_SEED)
@@ -93,7 +93,24 @@ def test_kid_standard_error_is_that_of_the_mean_over_subsets():
         for _ in range(50)
     ]
     assert found.kid == pytest.approx(np.mean(estimates), rel=1e-12)
-    assert found.kid_standard_error == pytest.approx(np.std(estimates) / 50**0.5, rel=1e-10)
+    assert found.kid_subset_std == pytest.approx(np.std(estimates), rel=1e-10)
+
+
+def test_kid_standard_error_is_what_other_draws_change():
+    """The spread of KID over sets drawn anew, against the mean error that each reports."""
+
+    def spread(shift):
+        found = [
+            compare_features(normal(100, 4, 2 * i), normal(120, 4, 2 * i + 1) + shift, kid_subsets=1) for i in range(60)
+        ]
+        reported = np.mean([one.kid_standard_error**2 for one in found]) ** 0.5
+        return reported / np.std([one.kid for one in found])
+
+    # Of sets that differ, the parts of m images vary by 1 / sqrt(m): together as much as the whole. 60 draws know their
+    # spread to 9 %, four times that is allowed.
+    assert spread(0.5) == pytest.approx(1, rel=0.36)
+    # Of sets that do not, the parts vary by 1 / m: sqrt(10) too much.
+    assert spread(0.0) == pytest.approx(10**0.5, rel=0.36)
 
 
 def test_precision_and_recall_of_points_on_a_line():
@@ -115,8 +132,11 @@ def test_features_that_do_not_fit():
         compare_features(torch.zeros(9, 3), torch.zeros(9, 4))
     with pytest.raises(ValueError, match=r"with D of at least 2, got \[9, 1\] and \[9, 1\]"):
         compare_features(torch.zeros(9, 1), torch.zeros(9, 1))
-    with pytest.raises(ValueError, match="neighbours 3 needs at least 4 samples and references, got 3"):
-        compare_features(torch.zeros(3, 2), torch.zeros(9, 2))
+    with pytest.raises(ValueError, match="at least 6 images for neighbours=5, got 5"):
+        compare_features(torch.zeros(5, 2), torch.zeros(9, 2), neighbours=5)
+    with pytest.raises(ValueError, match="at least 4 images for neighbours=1, got 3"):
+        compare_features(torch.zeros(3, 2), torch.zeros(9, 2), neighbours=1)
+    assert np.isfinite(compare_features(normal(4, 2, 0), normal(4, 2, 1), neighbours=1).kid_standard_error)
 
 
 @pytest.fixture(scope="module")
