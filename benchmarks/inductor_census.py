@@ -44,7 +44,9 @@ MOVING = {"load", "store", "output", "get_index", "index_expr", "constant", "to_
 # operations that only say how a tensor is read
 VIEWS = {"view", "_unsafe_view", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "unbind", "split"}
 WORKLOADS = ("cifar10-b256", "sd15-b1", "cifar10-b1")
-VARIANTS = ("fastdiff", "fastdiff, norms by Inductor", "diffusers", "diffusers, fused norms")
+# in a sampler's step, what timesteps decide is there already (`UNet.time_modulation`)
+IN_SAMPLER = "fastdiff in a sampler's step"
+VARIANTS = (IN_SAMPLER, "fastdiff", "fastdiff, norms by Inductor", "diffusers", "diffusers, fused norms")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,16 @@ def _pixel(variant: str, name: str, batch: int) -> tuple[nn.Module, Callable[[],
     config = PRESETS[name]
     with torch.device("meta"):
         model = UNet(config) if "fastdiff" in variant else UNet2DModel(**diffusers_config(config))
-    return model, lambda: (_images(batch, config.in_channels, config.sample_size), _timesteps(batch))
+
+    def inputs() -> tuple[Any, ...]:
+        given = (_images(batch, config.in_channels, config.sample_size), _timesteps(batch))
+        if variant != IN_SAMPLER:
+            return given
+        channels = model.modulation_channels
+        modulation = torch.empty(1, channels, dtype=torch.bfloat16, device=DEVICE).expand(batch, channels)
+        return (*given, None, None, None, modulation)
+
+    return model, inputs
 
 
 def _latent(name: str, batch: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, ...]]]:

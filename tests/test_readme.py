@@ -8,12 +8,13 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 def test_python_blocks_run_one_after_the_other():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["images"].shape == (8, 3, 32, 32)
     assert names["images"].isfinite().all()
+    assert sorted(names["samples"]) == [names["first"], names["second"]]
 
 
 def test_files_it_names_exist():
