@@ -98,7 +98,16 @@ OPERATORS_OF_A_STEP = {
 }
 
 
-def test_operators_of_a_sampling_step_on_a_cpu():
+@pytest.fixture
+def two_threads():
+    """With one thread torch sends small 1x1 convolutions another way, with copies of their bias."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_operators_of_a_sampling_step_on_a_cpu(two_threads):
     loaded, labels = load_model(packaged_model()), torch.tensor([3, 7])
 
     def operators(steps):
