@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.bulk_config import BulkConfig
-from fastdiff.checkpoint import MODEL, load_model
+from fastdiff.checkpoint import MANIFEST, load_model
 from fastdiff.device import resolve_device
 from fastdiff.generate import Draw, find_checkpoint, prepare
 from fastdiff.images import save_png, to_uint8
@@ -67,7 +67,9 @@ def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
             raise ValueError("checkpoint must be one of task generate, a model of task superres needs its images")
         if draw.shape[0] not in (1, 3) and config.format == "png":
             raise ValueError(f"format must be npz for samples of {draw.shape[0]} channels, a PNG has 1 or 3")
-        processes.first_does(lambda: _prepare_folder(config, draw, directory))
+        wanted = _settings(config, draw, directory, device)
+        processes.first_does(lambda: _prepare_folder(config, wanted))
+        _compare(config.out, wanted)  # in every process: a checkpoint may have been written since the first one looked
         blocks = _Blocks(config, draw)
         mine = [block for block in range(processes.rank, blocks.count, processes.size) if not blocks.is_done(block)]
         started, drawn = time.perf_counter(), 0
@@ -102,10 +104,9 @@ def _sample(draw: Draw, config: BulkConfig, indices: Tensor, device: torch.devic
     return to_uint8(images).cpu()
 
 
-def _prepare_folder(config: BulkConfig, draw: Draw, checkpoint: Path) -> None:
-    """Make the folder and write down what is in it; or find that it holds a part of the same samples."""
-    weights = hashlib.sha256((checkpoint / MODEL).read_bytes()).hexdigest()
-    wanted: dict[str, Any] = {
+def _settings(config: BulkConfig, draw: Draw, checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """All that decides the samples."""
+    return {
         "num": config.num,
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -116,22 +117,44 @@ def _prepare_folder(config: BulkConfig, draw: Draw, checkpoint: Path) -> None:
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": draw.guidance_scale,
         "dtype": config.dtype,
-        "weights_sha256": weights,
+        "compile": config.compile,
+        "device": device.type,
+        # of the hashes of all its files
+        "checkpoint_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
     }
+
+
+def _prepare_folder(config: BulkConfig, wanted: dict[str, Any]) -> None:
+    """Make the folder and write down what is in it; or find that it holds a part of the same samples."""
     path = config.out / SETTINGS
     if path.exists():
-        found = json.loads(path.read_text())
         if not config.resume:
             raise ValueError(f"out {config.out} holds samples already: resume them or choose another folder")
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                before = found.get(name)
-                raise ValueError(f"{name} must be {before!r} as in the samples that {config.out} holds, got {value!r}")
-        return
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        _compare(config.out, wanted)
+    elif config.out.exists() and not (config.out.is_dir() and all(map(_is_leftover, config.out.iterdir()))):
         raise ValueError(f"out {config.out} must be an empty folder, or one with samples of the same options to resume")
     config.out.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(wanted, indent=2).encode())
+    for leftover in filter(_is_leftover, config.out.iterdir()):
+        leftover.unlink()
+    if not path.exists():
+        _write(path, json.dumps(wanted, indent=2).encode())
+
+
+def _compare(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise ValueError where the folder's samples are of other options."""
+    try:
+        found = dict(json.loads((folder / SETTINGS).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / SETTINGS} is damaged: {error}") from error
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            before = found.get(name)
+            raise ValueError(f"{name} must be {before!r} as in the samples that {folder} holds, got {value!r}")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Of a process that was killed while it wrote."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 class _Blocks:
@@ -163,7 +186,8 @@ class _Blocks:
 
     def is_done(self, block: int) -> bool:
         """A file is there as a whole or not at all."""
-        return self.joined.exists() or all(path.exists() for path in self.files(block))
+        # a file that a power failure left empty is none
+        return self.joined.exists() or all(path.exists() and path.stat().st_size for path in self.files(block))
 
     def write(self, block: int, images: Tensor) -> None:
         """Write uint8 [>= size, C, H, W]."""
@@ -178,24 +202,29 @@ class _Blocks:
     def join(self) -> None:
         """All blocks as `arr_0` of one npz file, which takes their place."""
         if not self.joined.exists():
-            parts = [path for block in range(self.count) for path in self.files(block)]
-            channels, height, width = self.shape
             temporary = _temporary(self.joined)
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                # a fixed date: the same samples are the same bytes
-                entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                with archive.open(entry, "w", force_zip64=True) as file:
-                    header = {
-                        "descr": "|u1",
-                        "fortran_order": False,
-                        "shape": (self.config.num, height, width, channels),
-                    }
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for part in parts:
-                        file.write(np.load(part).tobytes())
-            os.replace(temporary, self.joined)
+            try:
+                self._write_npz(temporary)
+                os.replace(temporary, self.joined)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise OSError(f"cannot write {self.joined}: {error.strerror or error}") from error
         for path in self.config.out.glob("block-*.npy"):
             path.unlink()
+
+    def _write_npz(self, path: Path) -> None:
+        channels, height, width = self.shape
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.config.num, height, width, channels)}
+        # a fixed date: the same samples are the same bytes
+        entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
+        with (
+            zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(entry, "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in range(self.count):
+                for part in self.files(block):
+                    file.write(np.load(part).tobytes())
 
 
 def _temporary(path: Path) -> Path:

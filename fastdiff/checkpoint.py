@@ -186,6 +186,9 @@ def prune_checkpoints(run: str | Path, *, keep_last: int | None = None, keep_eve
     removed: list[Path] = []
     if keep_last is None:
         return removed
+    # of an earlier call, if it was killed
+    for doomed in Path(run).glob("step-*.pruned"):
+        shutil.rmtree(doomed, ignore_errors=True)
     newer = 0
     for step, path in reversed(checkpoints(run)):
         kept = keep_every is not None and step % keep_every == 0
@@ -196,11 +199,14 @@ def prune_checkpoints(run: str | Path, *, keep_last: int | None = None, keep_eve
                 continue
         newer += 1
         if newer > keep_last and not kept and _is_ours(path):
-            path.rename(path.with_name(f"{path.name}.pruned"))
+            doomed = path.with_name(f"{path.name}.pruned")
+            try:
+                path.rename(doomed)
+            except OSError as error:
+                warnings.warn(f"checkpoint {path} cannot be removed: {error.strerror or error}", stacklevel=2)
+                continue
+            shutil.rmtree(doomed, ignore_errors=True)
             removed.append(path)
-    # an earlier call's too, if it was killed
-    for doomed in Path(run).glob("step-*.pruned"):
-        shutil.rmtree(doomed, ignore_errors=True)
     return removed[::-1]
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastdiff.model_arguments import tensors_of
 
 MODES = ("default", "max-autotune")
 COMPILE_CHOICES = (True, False, "max-autotune", "repeated_blocks")
@@ -42,8 +44,8 @@ def compile_options(device: torch.device | str, *, mode: str = "default", traini
 class CompiledOrEager:
     """Calls torch.compile(function, dynamic=False) or, if its first call fails to compile, the function itself.
 
-    Each new combination of the tensors' shapes and dtypes compiles anew. An error of the function itself (a wrong
-    argument, say) is raised as it is: it comes up in the eager call too. `compile_seconds`: what the calls that
+    Each new combination of the tensors' shapes, strides and dtypes compiles anew. An error of the function itself (a
+    wrong argument, say) is raised as it is: it comes up in the eager call too. `compile_seconds`: what the calls that
     compiled took so far, a run of the function each included; Inductor keeps what it compiled on disk, so that a second
     process needs less.
     """
@@ -56,7 +58,7 @@ class CompiledOrEager:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = tuple((x.shape, x.dtype) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        key = _call_key(args, kwargs)
         chosen = self._chosen.get(key)
         if chosen is not None:
             return chosen(*args, **kwargs)
@@ -74,6 +76,18 @@ class CompiledOrEager:
                 self._chosen[key] = self._compiled
                 self.compile_seconds += time.perf_counter() - began
             return result
+
+
+def _call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """What two calls have in common that need no new compilation: tensors, also nested ones, modules and modes."""
+    tensors = tensors_of({"args": args, "kwargs": kwargs})
+    return (
+        tuple((path, x.shape, x.stride(), x.dtype, x.device) for path, x in tensors.items()),
+        tuple(id(x) for x in args if isinstance(x, nn.Module)),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")),
+    )
 
 
 @contextlib.contextmanager
@@ -119,7 +133,8 @@ class BlockwiseCompiled:
     """A model whose repeated blocks are compiled, one function for all of a class, and the rest is eager.
 
     The first call takes a fraction of the time that compiling a large model whole takes. The model given is not
-    altered: its modules are copied, its weights are not. Raises ValueError where the model names no repeated blocks.
+    altered: its modules are copied as they are now, its weights are not. Raises ValueError where it names no repeated
+    blocks.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:

@@ -7,11 +7,12 @@ buffer; where a request leaves, the last one takes its place.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,10 @@ from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceT
 from fastdiff.kernels.layout import empty
 from fastdiff.kernels.p_sample import p_sample_
 from fastdiff.model_arguments import is_plain, model_inputs, without_tensors
+from fastdiff.prediction import PredictionType
 from fastdiff.schedule import NoiseSchedule
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Finished(NamedTuple):
@@ -61,6 +65,17 @@ class _Running:
         return self.evaluates and float(self.packed.table.columns["g"][self.row]) != 1.0
 
 
+def _outside_inference_mode(method: Method) -> Method:
+    """Without autograd, but on ordinary tensors: those of inference mode could not be written outside it later."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast(Method, call)
+
+
 class Engine:
     """Draws samples of one shape from one model for requests that come and go.
 
@@ -78,7 +93,7 @@ class Engine:
 
     A sample equals that of a `Sampler` with the same seed but for what another batch size changes in the last bits of
     the model. t is int64 for the model while all requests under way have whole timesteps, else float32. An engine is
-    for one thread.
+    for one thread. Captured calls read the weights where they were: change them in place, but move or replace none.
 
     Raises ValueError, TypeError for arguments out of range.
     """
@@ -99,6 +114,15 @@ class Engine:
         sizes = list(batch_sizes)
         if not sizes or any(type(size) is not int or size < 1 for size in sizes) or sizes != sorted(set(sizes)):
             raise ValueError(f"batch_sizes must be ascending integers of at least 1, got {batch_sizes!r}")
+        if cuda_graph not in (True, False, "auto"):
+            raise ValueError(f'cuda_graph must be True, False or "auto", got {cuda_graph!r}')
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"dtype must be None, float32, float16, bfloat16 or float64, got {dtype}")
+        known = get_args(PredictionType)
+        if prediction_type not in known:
+            raise ValueError(f"prediction_type must be one of {', '.join(known)}, got {prediction_type!r}")
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
         if len(shape) < 1 or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(f"shape must be [C, *spatial] with sizes of at least 1, got {shape!r}")
         if compile not in COMPILE_CHOICES:
@@ -108,6 +132,10 @@ class Engine:
         if device is None:
             device = first.device if first is not None else torch.device("cpu")
         self.device = existing_device(device)
+        if dtype == torch.float32 and own != dtype:
+            raise ValueError(f"dtype float32 is no autocast of a {own} model: convert the model with .float()")
+        if cuda_graph is True and self.device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a CUDA device, got {self.device}")
         self.model = model
         self.shape, self.capacity = tuple(shape), sizes[-1]
         self._call = BucketedModel(
@@ -149,12 +177,17 @@ class Engine:
         """Requests that have one."""
         return len(self._running)
 
+    @_outside_inference_mode
     def add(self, request: Request) -> int:
         """Queue a request and return its number.
 
         Raises ValueError, TypeError where its options have no walk, its arguments do not fit those of earlier requests,
         or it needs more places than there are.
         """
+        for name in ("seed", "sample_index"):
+            value = getattr(request, name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
         packed = self._tables.table_of(request)
         table = packed.table
         inputs = model_inputs(
@@ -166,14 +199,13 @@ class Engine:
             guided=table.guided,
             has_scale=request.guidance_scale is not None,
         )
-        cond = {path.removeprefix("cond."): value for path, value in inputs.items() if path.startswith("cond.")}
-        uncond = {
-            path.removeprefix("guided."): value[:1] for path, value in inputs.items() if path.startswith("guided.")
-        }
-        self._check_arguments(without_tensors(request.model_kwargs), cond)
+        # the caller may go on using its tensors
+        cond = {path[5:]: value.clone() for path, value in inputs.items() if path.startswith("cond.")}
+        uncond = {path[7:]: value[:1].clone() for path, value in inputs.items() if path.startswith("guided.")}
         entry = _Running(next(self._numbers), request, packed, cond, uncond)
         if entry.places > self.capacity:
             raise ValueError(f"a guided request takes 2 places, batch_sizes end at {self.capacity}")
+        self._check_arguments(without_tensors(request.model_kwargs), cond)
         self._waiting.append(entry)
         return entry.id
 
@@ -189,7 +221,7 @@ class Engine:
                 return True
         return False
 
-    @torch.no_grad()
+    @_outside_inference_mode
     def step(self) -> list[Finished]:
         """Admit what waits, call the model once for all that are under way, and return what is finished."""
         while self._waiting and self._places() + self._waiting[0].places <= self.capacity:
@@ -204,8 +236,22 @@ class Engine:
         return finished + self._finished()
 
     def run(self, requests: Iterable[Request]) -> list[Tensor]:
-        """Add requests, step until nothing is left to do, and return their samples in order."""
-        ids = [self.add(request) for request in requests]
+        """Add requests, step until nothing is left to do, and return their samples in order.
+
+        Raises RuntimeError where requests of others are here: nobody would get their samples. Of requests that `add`
+        refuses none is left behind.
+        """
+        if self.busy:
+            here = self.num_waiting + self.num_running
+            raise RuntimeError(f"{here} requests are here already: step until they are done")
+        ids: list[int] = []
+        try:
+            for request in requests:
+                ids.append(self.add(request))
+        except Exception:
+            for id in ids:
+                self.abort(id)
+            raise
         done: dict[int, Tensor] = {}
         while self.busy:
             done.update(self.step())
@@ -237,8 +283,6 @@ class Engine:
     def _enter(self, entry: _Running) -> None:
         """Write the request's start into the first free place."""
         place, table, request = len(self._running), entry.packed.table, entry.request
-        self._running.append(entry)
-        self._joined = None
         self._seeds[place] = request.seed
         self._sample_indices[place] = request.sample_index
         start = noise_contract.normal(
@@ -252,6 +296,8 @@ class Engine:
         for kept, given in ((self._cond, entry.cond), (self._uncond, entry.uncond)):
             for path, value in given.items():
                 kept[path][place : place + 1].copy_(value)
+        self._running.append(entry)
+        self._joined = None
 
     def _leave(self, place: int) -> None:
         """Free a place: the last request moves there."""
@@ -288,10 +334,13 @@ class Engine:
             tensors = {path: torch.cat([v, self._uncond[path].index_select(0, index)]) for path, v in tensors.items()}
         assert self._arguments is not None
         output = self._call(x, t.long() if whole else t, tensors, self._arguments)
+        channels = 2 * self.shape[0]
+        if any(entry.packed.table.columns["lv"].any() for entry in self._running) and output.shape[1] != channels:
+            raise ValueError(f"model must return {channels} channels for a learned variance, got {output.shape[1]}")
         if not guided:
             return output, None
         # where a row is not guided, both halves are the same: g = 1 then gives the output itself, bit for bit
-        conditional = output[:count]
+        conditional = output[:count].clone()  # a view of the model's output may have other strides than its clone
         return conditional, conditional.clone().index_copy_(0, index, output[count:])
 
     def _run_rows_without_model(self) -> None:

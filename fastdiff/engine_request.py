@@ -11,6 +11,7 @@ import torch
 
 from fastdiff import solvers
 from fastdiff.kernels.device_table import DeviceTable
+from fastdiff.model_arguments import is_plain
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import StepTable
 
@@ -68,7 +69,11 @@ class RequestTables:
             **request.solver_options,
         }
         steps = request.num_inference_steps
+        if not is_plain(options):
+            raise ValueError(f"solver_options must hold plain values, got {dict(request.solver_options)!r}")
         if isinstance(request.solver, StepTable):
+            if steps is not None or request.solver_options:
+                raise ValueError("num_inference_steps and solver_options go with a solver's name, not with a StepTable")
             packed = Packed(request.solver, request.solver.to(self.device))
         elif steps is None:
             raise ValueError(f"num_inference_steps is needed with solver {request.solver!r}")

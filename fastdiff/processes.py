@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 
 import torch.distributed as dist
+
+WAIT = datetime.timedelta(days=30)
 
 
 class Processes:
@@ -28,7 +31,8 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            # one process may have far more to do than another before they meet
+            dist.init_process_group("gloo", timeout=WAIT)
             self._connected = True
         return self
 

@@ -64,7 +64,8 @@ class Sampler:
         compile: True runs the model through torch.compile with static shapes; "max-autotune" also lets it time its
             candidates for matrix products, convolutions and pointwise kernels (minutes; other processes may choose
             others, so that the last bits of images may differ between them); "repeated_blocks" compiles only the blocks
-            that a large model repeats, in a fraction of the time. `compile_seconds` tells what the compiler took.
+            that a large model repeats, in a fraction of the time, of the modules as they are now: weights may change
+            later, swapping modules in or out needs a new Sampler. `compile_seconds` tells what the compiler took.
         cuda_graph: replay each row as a captured CUDA graph: "auto" (on CUDA), True (an error elsewhere) or False.
         micro_batch_size: the largest batch the model is called with, guided halves counted; None: any. For batches
             whose activations exceed the memory, or the cache. A divisor of the batch compiles one shape only.
@@ -266,7 +267,7 @@ class Sampler:
             guidance_rescale=self.guidance_rescale,
             cond_fn=cond_fn,
             arguments=arguments,
-            time_modulation=getattr(self.model, "time_modulation", None),
+            time_modulation=self.model.time_modulation if getattr(self.model, "precomputes", False) is True else None,
             micro_batch_size=self.micro_batch_size,
         )
         # a graph bakes in what is no tensor: two calls must be told apart by it
@@ -357,8 +358,10 @@ class Sampler:
     ) -> Hashable:
         """All that a captured step has baked in: layouts, constants, modes, and where the model's weights lie."""
         weights: list[Tensor] = []
+        hooks: list[int] = []
         if isinstance(self.model, torch.nn.Module):
             weights = [*self.model.parameters(), *self.model.buffers()]
+            hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.model.modules()]
         return (
             table,
             shape,
@@ -367,6 +370,7 @@ class Sampler:
             repr(arguments),
             getattr(self.model, "training", None),
             tuple((weight.data_ptr(), weight.dtype) for weight in weights),
+            tuple(hooks),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         )

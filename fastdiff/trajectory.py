@@ -219,7 +219,7 @@ class Stepper:
             modulation = trajectory.modulations[prefix].index_select(0, trajectory.row[:1])[0]
             arguments["modulation"] = modulation.expand(model_input.shape[0], -1)
         with self._autocast():
-            output = self._call_model(model_input, t, arguments)
+            output = self._call_model(model_input, t, arguments, self._per_sample(trajectory))
         output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor or an object with one as .sample, got {type(output).__name__}")
@@ -230,7 +230,13 @@ class Stepper:
             raise ValueError(f"model must return a tensor of shape {accepted[0]}, got {list(output.shape)}")
         return output
 
-    def _call_model(self, model_input: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
+    def _per_sample(self, trajectory: Trajectory) -> set[str]:
+        """Paths of the model's arguments that have a row for each sample of the batch."""
+        batch, inputs = trajectory.x.shape[0], trajectory.inputs.items()
+        rows = {path[5:] for path, value in inputs if path.startswith("cond.") and value.ndim and len(value) == batch}
+        return rows | {"modulation"}
+
+    def _call_model(self, model_input: Tensor, t: Tensor, arguments: dict[str, Any], per_sample: set[str]) -> Any:
         """One call, or one for each micro-batch: then the tensors that have a row for each sample are cut like it."""
         batch, size = model_input.shape[0], self.micro_batch_size
         if size is None or batch <= size:
@@ -238,10 +244,7 @@ class Stepper:
         outputs = []
         for start in range(0, batch, size):
             part = slice(start, start + size)
-            cut = {
-                path: value[part] if value.ndim and value.shape[0] == batch else value
-                for path, value in tensors_of(arguments).items()
-            }
+            cut = {path: value[part] if path in per_sample else value for path, value in tensors_of(arguments).items()}
             output = self.model(model_input[part], t[part], **with_tensors(without_tensors(arguments), cut))
             outputs.append(output if isinstance(output, Tensor) else output.sample)
         return torch.cat(outputs)

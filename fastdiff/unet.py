@@ -7,6 +7,7 @@ image synthesis" (ADM).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from fastdiff.unet_blocks import (
     CrossAttention,
     Downsample,
     GroupNormSiLU,
-    ModulationOf,
     ResidualBlock,
     SelfAttention,
     TimestepEmbedding,
@@ -26,13 +26,15 @@ from fastdiff.unet_blocks import (
 )
 from fastdiff.unet_config import PRESETS, UNetConfig
 
+ModulationOf = Callable[[ResidualBlock], Tensor]
 __all__ = ["PRESETS", "UNet", "UNetConfig"]
 
 
 class UNetLayer(nn.Module):
     """One residual block, then self-attention and cross-attention where the configuration has them.
 
-    `forward(x, modulation_of, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W].
+    `forward(x, modulation, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W]; modulation is
+    that of the residual block.
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
@@ -50,8 +52,8 @@ class UNetLayer(nn.Module):
                 out_channels, config.cross_attention_dim, num_heads=num_heads, num_groups=num_groups, eps=eps
             )
 
-    def forward(self, x: Tensor, modulation_of: ModulationOf, encoder_hidden_states: Tensor | None) -> Tensor:
-        x = self.resnet(x, modulation_of)
+    def forward(self, x: Tensor, modulation: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+        x = self.resnet(x, modulation)
         if self.attention is not None:
             x = self.attention(x)
         if self.cross_attention is not None:
@@ -74,10 +76,10 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor, modulation_of: ModulationOf, encoder_hidden_states: Tensor | None) -> list[Tensor]:
         outputs = []
         for layer in self.layers:
-            x = layer(x, modulation_of, encoder_hidden_states)
+            x = layer(x, modulation_of(layer.resnet), encoder_hidden_states)
             outputs.append(x)
         if self.downsample is not None:
-            outputs.append(self.downsample(x, modulation_of))
+            outputs.append(_resampled(self.downsample, x, modulation_of))
         return outputs
 
 
@@ -100,8 +102,12 @@ class UpBlock(nn.Module):
         encoder_hidden_states: Tensor | None,
     ) -> Tensor:
         for layer in self.layers:
-            x = layer(torch.cat([x, skips.pop()], dim=1), modulation_of, encoder_hidden_states)
-        return x if self.upsample is None else self.upsample(x, modulation_of)
+            x = layer(torch.cat([x, skips.pop()], dim=1), modulation_of(layer.resnet), encoder_hidden_states)
+        return x if self.upsample is None else _resampled(self.upsample, x, modulation_of)
+
+
+def _resampled(module: nn.Module, x: Tensor, modulation_of: ModulationOf) -> Tensor:
+    return module(x, modulation_of(module)) if isinstance(module, ResidualBlock) else module(x)
 
 
 class _Precomputed:
@@ -237,10 +243,20 @@ class UNet(nn.Module):
             skips += block(skips[-1], modulation_of, encoder_hidden_states)
         h = skips[-1]
         for layer in self.mid_layers:
-            h = layer(h, modulation_of, encoder_hidden_states)
+            h = layer(h, modulation_of(layer.resnet), encoder_hidden_states)
         for block in self.up_blocks:
             h = block(h, skips, modulation_of, encoder_hidden_states)
         return self.conv_out(self.norm_out(h))
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether a caller may use `time_modulation`: not where something stands between a call and this forward.
+
+        That is a subclass's forward, or one of the instance, or hooks, FSDP's among them: they may change t, or have to
+        see every call.
+        """
+        plain = type(self).forward is UNet.forward and "forward" not in vars(self)
+        return plain and not (self._forward_hooks or self._forward_pre_hooks)
 
     def time_modulation(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """All that the network makes of timesteps t [N] and class_labels [N]: [N, modulation_channels].

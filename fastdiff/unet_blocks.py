@@ -7,7 +7,6 @@ as `[B, H*W, C]` without a copy. Layers return channels-last for channels-last i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from fastdiff.kernels.group_norm import group_norm_silu
 
 MAX_PERIOD = 10_000.0
-ModulationOf = Callable[["ResidualBlock"], Tensor]
 
 
 class TimestepEmbedding(nn.Module):
@@ -94,8 +92,8 @@ def resize(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input (DDPM, appendix B).
 
-    `forward(x, modulation_of)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double the size with
-    `resample`. `modulation_of(self)` gives `self.modulation(embedding)` [B, modulation_channels], with an embedding
+    `forward(x, modulation)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double the size with
+    `resample`. `modulation` [B, modulation_channels] is `self.modulation(embedding)` of an embedding
     [B, embedding_channels] that has been through its SiLU: it does not depend on x and can be had for all timesteps at
     once.
 
@@ -139,13 +137,12 @@ class ResidualBlock(nn.Module):
         bias = None if self.use_scale_shift_norm else _left_bias(self.conv1)
         return modulation if bias is None else modulation + bias
 
-    def forward(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
-        modulation = modulation_of(self)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         h = self.norm1(x)
         if self.resample is not None:
             h, x = resize(h, self.resample), resize(x, self.resample)
         bias = _left_bias(self.conv1)
-        h = self.conv1(h) if bias is None else F.conv2d(h, self.conv1.weight, padding=1)
+        h = self.conv1(h) if bias is None else self.conv1._conv_forward(h, self.conv1.weight, None)
         if self.use_scale_shift_norm:
             scale, shift = modulation.chunk(2, dim=1)
             h = self.norm2(h, bias=bias, scale=scale, shift=shift)
@@ -201,9 +198,8 @@ class CrossAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided 3x3 conv.
 
-    `forward(x, modulation_of)`: x [B, C, H, W] -> [B, C, H/2, W/2]; the second argument is unused, so that a
-    ResidualBlock can take this place. `padding=0` pads right and bottom only, as the TensorFlow code of DDPM does
-    ("SAME"); 1 pads all four sides.
+    `forward(x)`: x [B, C, H, W] -> [B, C, H/2, W/2]. `padding=0` pads right and bottom only, as the TensorFlow code of
+    DDPM does ("SAME"); 1 pads all four sides.
     """
 
     def __init__(self, channels: int, *, padding: int) -> None:
@@ -211,21 +207,21 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
         self.pad_right_bottom = padding == 0
 
-    def forward(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_right_bottom else x)
 
 
 class Upsample(nn.Module):
     """Double height and width by nearest neighbour, then a 3x3 conv.
 
-    `forward(x, modulation_of)`: x [B, C, H, W] -> [B, C, 2H, 2W]; the second argument is unused, as in Downsample.
+    `forward(x)`: x [B, C, H, W] -> [B, C, 2H, 2W].
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(resize(x, "up"))
 
 
@@ -242,9 +238,12 @@ def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
 def _left_bias(conv: nn.Module) -> Tensor | None:
     """The bias that a conv leaves to the norm after it; None where the conv must be called as it is.
 
-    That is where somebody watches the conv with hooks or has put another module in its place, an adapter for one.
+    That is where somebody watches it with hooks, has given it another forward, or has put another module in its place,
+    an adapter for one.
     """
-    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+    if type(conv) is not nn.Conv2d or "forward" in conv.__dict__:
+        return None
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return None
     return conv.bias
 

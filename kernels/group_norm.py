@@ -221,7 +221,8 @@ def group_norm_silu(
     """silu(group_norm(x + channel_bias) * (1 + scale) + shift) in one operation.
 
     Wu & He 2018, "Group Normalization"; with scale and shift the "adaptive group normalization" of Dhariwal & Nichol
-    2021. Arithmetic and statistics are float32, whatever the dtypes, under autocast too. Differentiable in all tensors.
+    2021. Arithmetic and statistics are float32, whatever the dtypes, under autocast too. Differentiable in all tensors,
+    once.
 
     Args:
         x: [B, C, *spatial], float32, float16 or bfloat16 of any strides; float64 runs the reference.

@@ -17,8 +17,9 @@ from PIL import Image
 from fastdiff import bulk
 from fastdiff.bulk import generate_many
 from fastdiff.bulk_config import BulkConfig
+from fastdiff.checkpoint import load_model, save_checkpoint
 from fastdiff.cli import main
-from fastdiff.generate import generate
+from fastdiff.generate import generate, packaged_model
 from fastdiff.sample_config import SampleConfig
 
 # 5 blocks, the last one of 2 samples
@@ -84,9 +85,7 @@ def test_killed_run_goes_on_with_two_processes_to_the_same_bytes(whole, tmp_path
     second = launch(out, "--resume", "--json", processes=2)
     output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
-    after = contents(out)
-    after.pop(".000007.png.1.tmp", None)
-    assert after == whole
+    assert contents(out) == whole
     drawn = [json.loads(part + "}")["drawn"] for part in output.split("}") if '"drawn"' in part]
     # the first block was whole; four blocks of 4, 4, 4 and 2 were left, two for each process
     assert sorted(drawn) == [6, 8]
@@ -165,6 +164,34 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, ca
     assert error.count("\n") == 1
     assert f"cannot write {out}/000005.png: No space left on device" in error
     assert sorted(path.name for path in out.iterdir()) == [*(f"{i:06}.png" for i in range(5)), "generation.json"]
+
+
+def test_leftovers_of_a_kill_and_empty_files_are_drawn_anew(whole, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".generation.json.7.tmp").write_text("{")
+    generate_many(BulkConfig(out=out, resume=True, **OPTIONS))
+    (out / "000005.png").write_bytes(b"")
+    assert generate_many(BulkConfig(out=out, resume=True, **OPTIONS)).drawn == 4
+    assert contents(out) == whole
+
+
+def test_another_checkpoint_does_not_go_on_with_the_samples(tmp_path):
+    copy = tmp_path / "model"
+    loaded = load_model(packaged_model())
+    save_checkpoint(copy, weights=loaded.model.state_dict(), config=loaded.config)
+    generate_many(BulkConfig(out=tmp_path / "out", checkpoint=copy, **OPTIONS))
+    save_checkpoint(copy, weights=loaded.model.state_dict(), config={**loaded.config, "prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="checkpoint_sha256 must be"):
+        generate_many(BulkConfig(out=tmp_path / "out", checkpoint=copy, resume=True, **OPTIONS))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_damaged_settings_are_named(content, tmp_path):
+    generate_many(BulkConfig(out=tmp_path, **OPTIONS))
+    (tmp_path / "generation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation.json is damaged"):
+        generate_many(BulkConfig(out=tmp_path, resume=True, **OPTIONS))
 
 
 @pytest.mark.parametrize(("name", "value"), [("num", 0), ("batch_size", 0), ("format", "gif"), ("dtype", "int8")])

@@ -249,6 +249,94 @@ def test_a_model_that_returns_something_else(output):
         model(torch.zeros(1, *SHAPE), torch.zeros(1), {}, {})
 
 
+def test_the_caller_goes_on_using_its_tensors():
+    label = torch.tensor([1])
+    one, other = (Request(**SOLVERS["ddim eta"], model_kwargs={"class_labels": torch.tensor([n])}) for n in (1, 5))
+    one_engine = engine()
+    first = one_engine.add(Request(**SOLVERS["ddim eta"], model_kwargs={"class_labels": label}))
+    label.fill_(5)
+    second = one_engine.add(Request(**SOLVERS["ddim eta"], model_kwargs={"class_labels": label}))
+    samples = dict(done for _ in range(3) for done in one_engine.step())
+    assert torch.equal(samples[first], alone(Labelled(), one))
+    assert torch.equal(samples[second], alone(Labelled(), other))
+
+
+def test_a_learned_variance_needs_its_channels():
+    one_engine = engine()
+    one_engine.add(request("ddpm", solver_options={"variance": "learned_range"}))
+    with pytest.raises(ValueError, match="model must return 4 channels for a learned variance, got 2"):
+        one_engine.step()
+
+
+def test_an_output_that_is_a_view_of_a_larger_one():
+    class Wide(Labelled):
+        def forward(self, x, t, class_labels):
+            return torch.cat([super().forward(x, t, class_labels)] * 3, dim=1)[:, :2]
+
+    one = request("multistep", guidance_scale=2.0)
+    assert torch.equal(engine(Wide()).run([one])[0], alone(Labelled(), one))
+
+
+def test_run_wants_an_idle_engine_and_leaves_none_of_refused_requests():
+    one_engine = engine()
+    with pytest.raises(ValueError, match="known solvers are"):
+        one_engine.run([request("ddpm"), request("ddpm", solver="magic")])
+    assert not one_engine.busy
+    one_engine.add(request("ddpm"))
+    with pytest.raises(RuntimeError, match="1 requests are here already"):
+        one_engine.run([request("ddpm")])
+
+
+def test_a_refused_request_decides_nothing_for_the_next():
+    one_engine = engine(lambda x, t: x, batch_sizes=(1,))
+    with pytest.raises(ValueError, match="takes 2 places"):
+        one_engine.add(
+            Request(
+                **SOLVERS["ddim eta"],
+                guidance_scale=2.0,
+                model_kwargs={"text": torch.zeros(1, 3)},
+                uncond_kwargs={"text": torch.zeros(1, 3)},
+            )
+        )
+    one_engine.add(Request(**SOLVERS["ddim eta"]))
+
+
+def test_steps_in_and_out_of_inference_mode():
+    one, one_engine = request("third order"), engine()
+    with torch.inference_mode():
+        id = one_engine.add(one)
+        one_engine.step()
+    samples = {}
+    while one_engine.busy:
+        samples.update(one_engine.step())
+    assert torch.equal(samples[id], alone(Labelled(), one))
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("seed", 2**63), ("seed", "a"), ("sample_index", -1)])
+def test_seeds_out_of_range_get_no_place(name, value):
+    one_engine = engine()
+    with pytest.raises(ValueError, match=rf"{name} must be an integer in \[0, 2\^63\), got {value!r}"):
+        one_engine.add(request("ddpm", **{name: value}))
+    assert not one_engine.busy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cuda_graph", "x"), ("cuda_graph", True), ("dtype", torch.int8), ("prediction_type", "magic"), ("compile", "x")],
+)
+def test_options_are_those_of_the_sampler(name, value):
+    with pytest.raises(ValueError, match=name):
+        engine(**{name: value})
+
+
+def test_tables_are_told_apart_by_plain_values_only():
+    with pytest.raises(ValueError, match="solver_options must hold plain values"):
+        engine().add(request("ddim eta", solver_options={"eta": torch.tensor(0.5)}))
+    table = Sampler(Labelled(), NoiseSchedule.linear(), solver="ddim", num_inference_steps=3).table
+    with pytest.raises(ValueError, match="go with a solver's name, not with a StepTable"):
+        engine().add(request("ddim eta", solver=table))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_calls_equal_eager_ones_without_synchronising():
     requests = mixture()
@@ -257,11 +345,14 @@ def test_captured_calls_equal_eager_ones_without_synchronising():
     captured = engine(model)
     first = captured.run(requests)
     calls = len(model.batches)
+    ids, done = [captured.add(one) for one in requests], {}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = captured.run(requests)
+        while captured.busy:
+            done.update(captured.step())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    second = [done[id] for id in ids]
     assert len(model.batches) == calls
     for one, again, expected in zip(first, second, eager):
         assert torch.equal(one, expected)

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastdiff import NoiseSchedule, Sampler, trajectory
 from fastdiff.compilation import BlockwiseCompiled, CompiledOrEager, compile_options, compiled, repeated_blocks
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetConfig, UNetLayer
 
 SHAPE = (3, 1, 8, 8)
 
@@ -36,6 +36,8 @@ class Recording(nn.Module):
 
 
 class Modulated(Recording):
+    precomputes = True
+
     def time_modulation(self, t, class_labels=None):
         return self.model.time_modulation(t, class_labels)
 
@@ -219,3 +221,117 @@ def test_compile_seconds_count_calls_that_compile(monkeypatch):
         assert torch.equal(double(torch.ones(shape)), 2 * torch.ones(shape))
     assert double.compile_seconds == 2.0 + 5.0
     assert len(calls) == 5
+
+
+class Halved(UNet):
+    def forward(self, x, t, *args, **kwargs):
+        return super().forward(x, t // 2, *args, **kwargs)
+
+
+@pytest.mark.parametrize("between", ["subclass", "instance", "hook"])
+def test_what_stands_between_a_call_and_the_forward_sees_every_call(unet, between):
+    """Else a forward that changes t, or hooks, FSDP's among them, would be passed over."""
+    model = UNet(unet.config).eval()
+    if between == "subclass":
+        model = Halved(unet.config).eval()
+    elif between == "instance":
+        forward = model.forward
+        model.forward = lambda x, t, *args, **kwargs: forward(x, t // 2, *args, **kwargs)
+    else:
+        model.register_forward_pre_hook(lambda module, args: (args[0], args[1] // 2))
+    model.load_state_dict(unet.state_dict())
+    assert torch.equal(draw(model), draw(lambda x, t: unet(x, t // 2)))
+
+
+def test_hooks_tell_captured_steps_apart(unet):
+    sampler = Sampler(unet, NoiseSchedule.linear(), solver="ddim", num_inference_steps=2)
+
+    def key():
+        return sampler._graph_key(sampler.table, SHAPE, torch.device("cpu"), {}, {})
+
+    before = key()
+    handle = unet.down_blocks[0].layers[0].resnet.conv1.register_forward_hook(lambda *_: None)
+    assert key() != before
+    handle.remove()
+    assert key() == before
+
+
+def test_micro_batches_do_not_cut_what_has_their_size_by_chance():
+    def model(x, t, class_labels, shared):
+        return x * shared.sum() + class_labels.view(-1, 1, 1, 1)
+
+    kwargs = {"class_labels": torch.tensor([1.0, 2.0, 3.0]), "shared": torch.arange(6.0)}
+    whole, parts = (
+        Sampler(
+            model,
+            NoiseSchedule.linear(),
+            solver="ddim",
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            micro_batch_size=size,
+        ).sample(
+            SHAPE, model_kwargs=kwargs, uncond_kwargs={"class_labels": torch.zeros(3), "shared": torch.arange(6.0)}
+        )
+        for size in (None, 2)
+    )
+    assert torch.equal(whole, parts)
+
+
+def test_every_layer_of_a_unet_with_many_widths_is_compiled():
+    config = UNetConfig(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        model_channels=8,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=2,
+        attention_resolutions=(8, 4),
+        norm_num_groups=4,
+    )
+    model, x, t = UNet(config).eval(), torch.randn(1, 1, 16, 16), torch.tensor([7])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        layers = sum(type(module) is UNetLayer for module in model.modules())
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        modulation = model.time_modulation(t)
+        blockwise = BlockwiseCompiled(model, backend="eager")
+        result = blockwise(x, t, modulation=modulation)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch.equal(blockwise(x, t, modulation=modulation), result)
+    assert layers == 22
+    # layers of one shape share a graph; more shapes than Dynamo's limit of 8
+    assert 8 < graphs <= layers
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(result, model(x, t))
+
+
+def test_calls_that_differ_inside_are_told_apart(monkeypatch):
+    """A call that nobody has seen may fail to compile; one that was seen is not looked at again."""
+
+    def compile(function, **_):
+        seen = set()
+
+        def compiled_function(x, extra):
+            key = (x.shape, x.stride(), extra["a"].shape, torch.is_grad_enabled())
+            if seen and key not in seen:
+                raise RuntimeError("no compiler any more")
+            seen.add(key)
+            return function(x, extra)
+
+        return compiled_function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    x, extra = torch.ones(4, 4), {"a": torch.ones(2)}
+    others = [(x, {"a": torch.ones(3)}), (torch.ones(4, 8)[:, ::2], extra)]
+    for other in others:
+        double = CompiledOrEager(lambda x, extra: 2 * x)
+        double(x, extra)
+        with pytest.warns(UserWarning, match="no compiler any more"):
+            assert torch.equal(double(*other), 2 * other[0])
+    double = CompiledOrEager(lambda x, extra: 2 * x)
+    double(x, extra)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no compiler any more"):
+        double(x, extra)

@@ -373,3 +373,19 @@ def test_modulation_computed_before_gives_the_same(unet: UNet) -> None:
     wanted = [3, unet.modulation_channels]
     with pytest.raises(ValueError, match=re.escape(f"modulation must have shape {wanted}, got [1, 5]")):
         unet(**inputs, modulation=torch.zeros(1, 5))
+
+
+def test_first_conv_keeps_its_padding_mode_and_dilation(unet: UNet) -> None:
+    """Circular convs make tiles without seams; the bias goes to the norm all the same."""
+    inputs = make_inputs()
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (1, 1):
+            module.padding_mode, module._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    block = unet.down_blocks[0].layers[0].resnet
+    block.conv1.dilation, block.conv1.padding = (2, 2), (2, 2)
+    block.conv1._reversed_padding_repeated_twice = [2, 2, 2, 2]
+    result = unet(**inputs)
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(result, unet(**inputs), rtol=1e-5, atol=1e-5)
