@@ -267,7 +267,7 @@ class Sampler:
             guidance_rescale=self.guidance_rescale,
             cond_fn=cond_fn,
             arguments=arguments,
-            time_modulation=self.model.time_modulation if getattr(self.model, "precomputes", False) is True else None,
+            time_modulation=_time_modulation(self.model),
             micro_batch_size=self.micro_batch_size,
         )
         # a graph bakes in what is no tensor: two calls must be told apart by it
@@ -374,6 +374,11 @@ class Sampler:
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         )
+
+
+def _time_modulation(model: Any) -> Callable[..., Tensor] | None:
+    """The model's method of this name, where it says that it may be called."""
+    return model.time_modulation if getattr(model, "precomputes", False) is True else None
 
 
 def _encoded(

@@ -26,7 +26,7 @@ from fastdiff.unet_blocks import (
 )
 from fastdiff.unet_config import PRESETS, UNetConfig
 
-ModulationOf = Callable[[ResidualBlock], Tensor]
+ModulationOf = Callable[[Any], Tensor]
 __all__ = ["PRESETS", "UNet", "UNetConfig"]
 
 
@@ -36,6 +36,8 @@ class UNetLayer(nn.Module):
     `forward(x, modulation, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W]; modulation is
     that of the residual block.
     """
+
+    resnet: ResidualBlock
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
         super().__init__()
@@ -224,7 +226,7 @@ class UNet(nn.Module):
         """
         self._validate_inputs(x, t, class_labels, encoder_hidden_states)
         self._validate_condition(x, condition)
-        modulation_of: ModulationOf
+        modulation_of: Any
         if modulation is None:
             embedding = self._embedding(t, class_labels)
 
