@@ -268,6 +268,7 @@ class Sampler:
             cond_fn=cond_fn,
             arguments=arguments,
             time_modulation=_time_modulation(self.model),
+            modulation_channels=getattr(self.model, "modulation_channels", 0),
             micro_batch_size=self.micro_batch_size,
         )
         # a graph bakes in what is no tensor: two calls must be told apart by it

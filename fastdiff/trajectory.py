@@ -23,7 +23,7 @@ from fastdiff.table import StepTable
 
 ConditionFunction = Callable[..., Tensor]
 TimeModulation = Callable[..., Tensor]
-# what the modulations of all rows may take; above that every step computes its own
+# what the modulations of all rows may take in float32; above that every step computes its own
 MAX_MODULATION_BYTES = 2**28
 
 
@@ -81,7 +81,8 @@ class Stepper:
         cond_fn: gradient of a condition's logarithmic likelihood, called with what the model gets.
         arguments: the model's keyword arguments, with a `TensorAt` for each tensor of the trajectory's inputs.
         time_modulation: the model's method of this name (`fastdiff.UNet.time_modulation`), None where it has none: what
-            depends on the timestep alone is then computed for all rows before the first.
+            depends on the timestep alone is then computed for all rows before the first. modulation_channels: of what
+            it returns.
         micro_batch_size: largest batch of a model call, None for any.
     """
 
@@ -96,6 +97,7 @@ class Stepper:
     cond_fn: ConditionFunction | None
     arguments: dict[str, Any]
     time_modulation: TimeModulation | None = None
+    modulation_channels: int = 0
     micro_batch_size: int | None = None
 
     @property
@@ -147,21 +149,17 @@ class Stepper:
         for prefix in dict.fromkeys("guided." if kind.guided else "cond." for kind in self.kinds if kind.evaluates):
             labels = trajectory.inputs.get(f"{prefix}class_labels")
             count = 1 if labels is None else labels.shape[0]
-            first = self._modulation(self.packed.timesteps[:1], None if labels is None else labels[:1])
             rows = self.packed.timesteps.shape[0]
-            if rows * count * first.nbytes > MAX_MODULATION_BYTES:
+            if rows * count * self.modulation_channels * 4 > MAX_MODULATION_BYTES:
                 continue
             t = self.packed.timesteps.repeat_interleave(count)
-            made = self._modulation(t, None if labels is None else labels.repeat(rows)).unflatten(0, (rows, count))
+            with self._autocast():
+                made = self.time_modulation(t, None if labels is None else labels.repeat(rows))
+            made = made.unflatten(0, (rows, count))
             # a captured step reads them where they were first
             kept = trajectory.modulations.setdefault(prefix, made)
             if kept is not made:
                 kept.copy_(made)
-
-    def _modulation(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        assert self.time_modulation is not None
-        with self._autocast():
-            return self.time_modulation(t, labels)
 
     def write_model_input(self, trajectory: Trajectory, row: int) -> None:
         """The model's input of row `row` from the state, where no kernel has written it."""

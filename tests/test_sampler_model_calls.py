@@ -38,6 +38,10 @@ class Recording(nn.Module):
 class Modulated(Recording):
     precomputes = True
 
+    @property
+    def modulation_channels(self):
+        return self.model.modulation_channels
+
     def time_modulation(self, t, class_labels=None):
         return self.model.time_modulation(t, class_labels)
 
