@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdiff.kernels import dispatch
 from fastdiff.verify_cases import DTYPES, LAYOUTS, Case, cases
+from fastdiff.verify_dropout import dropout_cases
 from fastdiff.verify_formulas import SUBNORMAL, Array, Rounded
 from fastdiff.verify_group_norm import group_norm_cases
 from fastdiff.verify_sampler import packaged_model_is_finite, walk_errors
@@ -117,7 +118,7 @@ def verify(*, only: str | None = None, paths: Sequence[Path] | None = None) -> R
     Raises ValueError where `only` is in no name.
     """
     report = Report()
-    every = itertools.chain(cases(), uniform_cases(), solver_step_cases(), group_norm_cases())
+    every = itertools.chain(cases(), uniform_cases(), dropout_cases(), solver_step_cases(), group_norm_cases())
     chosen = [case for case in every if only is None or only in case.name]
     whole = "sampler packaged model"
     if not chosen and (only or "") not in whole:

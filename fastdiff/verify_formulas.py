@@ -9,7 +9,7 @@ roundings out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -102,20 +102,38 @@ def normals(
     streams: NDArray[np.int64],
     shape: tuple[int, ...],
 ) -> Rounded:
+    """Normals of the noise contract for [B, C, H, W], two of each two words."""
+    w0, w1, w2, w3 = element_words(seeds, sample_indices, draws, streams, shape)
+    pairs = [*box_muller(w0, w1), *box_muller(w2, w3)]
+    return Rounded(arranged([pair.value for pair in pairs], shape), arranged([pair.error for pair in pairs], shape))
+
+
+def element_words(
+    seeds: NDArray[np.int64],
+    sample_indices: NDArray[np.int64],
+    draws: NDArray[np.int64],
+    streams: NDArray[np.int64],
+    shape: tuple[int, ...],
+) -> tuple[Any, Any, Any, Any]:
     """The noise contract for [B, C, H, W]: element e = p * C + c (p over H, W) is word e % 4 of counter e // 4."""
     batch, channels, positions = shape[0], shape[1], int(np.prod(shape[2:]))
     groups = -(-channels * positions // 4)
     per_sample = [np.asarray(value).astype(np.uint64)[:, None] for value in (draws, sample_indices, streams, seeds)]
     draw, index, stream, seed = (np.broadcast_to(value, (batch, groups)) for value in per_sample)
     group = np.broadcast_to(np.arange(groups, dtype=np.uint64), (batch, groups))
-    words = philox((group, draw, index, stream), (seed & np.uint64(MASK), seed >> np.uint64(32)))
-    pairs = [*box_muller(words[0], words[1]), *box_muller(words[2], words[3])]
+    return philox((group, draw, index, stream), (seed & np.uint64(MASK), seed >> np.uint64(32)))
 
-    def arranged(values: list[Array]) -> Array:
-        flat = np.stack(values, -1).reshape(batch, -1)[:, : channels * positions]
-        return np.moveaxis(flat.reshape(batch, *shape[2:], channels), -1, 1)
 
-    return Rounded(arranged([pair.value for pair in pairs]), arranged([pair.error for pair in pairs]))
+def arranged(values: Sequence[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    """The four arrays that stand for the elements 4 g to 4 g + 3, as [B, C, H, W]."""
+    flat = np.stack(values, -1).reshape(shape[0], -1)[:, : int(np.prod(shape[1:]))]
+    return np.moveaxis(flat.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+
+
+def dropout(x: Rounded, words: NDArray[np.uint64], p: float) -> Rounded:
+    """x / (1 - p) where the element's word is at least p * 2^32 to the nearest, 0 elsewhere."""
+    nothing = Rounded.exact(np.zeros_like(x.value))
+    return (x * Rounded.constant(1 / (1 - p))).where(words >= np.uint64(round(p * 2**32)), nothing)
 
 
 def box_muller(w0: Any, w1: Any) -> tuple[Rounded, Rounded]:

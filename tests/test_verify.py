@@ -38,7 +38,7 @@ def test_all_references_pass():
     ran = [check for check in report.checks if check.status == "ok" and not check.note]
     for kernel in ("normal", "q_sample", "mse", "p_sample"):
         assert {check.layout for check in ran if check.kernel == kernel} >= {"channels_last", "contiguous"}
-    for kernel in ("q_sample", "mse", "p_sample", "group_norm"):
+    for kernel in ("q_sample", "mse", "p_sample", "dropout", "group_norm"):
         of_kernel = {(check.dtype, check.layout) for check in ran if check.kernel == kernel}
         assert len(of_kernel) == len(verify_cases.DTYPES) * len(verify_cases.LAYOUTS)
     solvers = {check.kernel for check in ran if check.kernel.startswith("sampler")}

@@ -161,6 +161,12 @@ def launch_solver_step(
     solver_step._run(value, value, floats, row, [value] * n_history, given, None, n_history > 0, False, dtype)
 
 
+def launch_dropout(dtype: torch.dtype, memory_format: torch.memory_format = CHANNELS_LAST) -> None:
+    from fastdiff.kernels.dropout import _dropout_op
+
+    _dropout_op(_like(dtype, memory_format), 0.1, torch.empty(SHAPE[0], 3, dtype=torch.int64), 5)
+
+
 def launch_uniform() -> None:
     from fastdiff.kernels.uniform import _uniform_words_op
 
@@ -255,6 +261,9 @@ CASES = {
         "mse", 70, 5, lambda: launch_mse(bf16, pixels=uint8, target="v_prediction"), shared=True, targets=TARGETS
     ),
     "mse contiguous": _other("mse", 160, 8, lambda: launch_mse(fp32, CONTIGUOUS), shared=True, vectorised=False),
+    "dropout": _other("dropout", 23, 8, lambda: launch_dropout(fp32), targets=TARGETS),
+    "dropout bf16": _other("dropout", 25, 4, lambda: launch_dropout(bf16), targets=TARGETS),
+    "dropout contiguous": _other("dropout", 68, 8, lambda: launch_dropout(fp32, CONTIGUOUS), vectorised=False),
     # three int64 read, four written
     "uniform": _other("uniform", 123, 56, launch_uniform, targets=TARGETS),
 }
