@@ -247,7 +247,9 @@ class UNet(nn.Module):
         for layer in self.mid_layers:
             h = layer(h, modulation_of(layer.resnet), encoder_hidden_states)
         for block in self.up_blocks:
-            h = block(h, skips, modulation_of, encoder_hidden_states)
+            # a list of its own: FSDP hands a block a copy, so what it takes off one is not gone from ours
+            taken, skips = skips[-len(block.layers) :], skips[: -len(block.layers)]
+            h = block(h, taken, modulation_of, encoder_hidden_states)
         return self.conv_out(self.norm_out(h))
 
     @property
