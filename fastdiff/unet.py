@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.kernels.checks import check_tensor
 from fastdiff.unet_blocks import (
     CrossAttention,
     Downsample,
@@ -33,8 +34,8 @@ __all__ = ["PRESETS", "UNet", "UNetConfig"]
 class UNetLayer(nn.Module):
     """One residual block, then self-attention and cross-attention where the configuration has them.
 
-    `forward(x, modulation, encoder_hidden_states)`: x [B, in_channels, H, W] -> [B, out_channels, H, W]; modulation is
-    that of the residual block.
+    `forward(x, modulation, encoder_hidden_states, dropout_keys=None)`: x [B, in_channels, H, W] -> [B, out_channels, H,
+    W]; modulation is that of the residual block, dropout_keys as of UNet here and in all below.
     """
 
     resnet: ResidualBlock
@@ -54,8 +55,14 @@ class UNetLayer(nn.Module):
                 out_channels, config.cross_attention_dim, num_heads=num_heads, num_groups=num_groups, eps=eps
             )
 
-    def forward(self, x: Tensor, modulation: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
-        x = self.resnet(x, modulation)
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        encoder_hidden_states: Tensor | None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
+        x = self.resnet(x, modulation, dropout_keys)
         if self.attention is not None:
             x = self.attention(x)
         if self.cross_attention is not None:
@@ -66,8 +73,8 @@ class UNetLayer(nn.Module):
 class DownBlock(nn.Module):
     """The layers of one resolution on the way down, then the downsampling that leaves it (None at the last).
 
-    `forward(x, modulation_of, encoder_hidden_states)` -> the output of every layer and of the downsampling, in order:
-    each is a skip connection, and the last goes on.
+    `forward(x, modulation_of, encoder_hidden_states, dropout_keys=None)` -> the output of every layer and of the
+    downsampling, in order: each is a skip connection, and the last goes on.
     """
 
     def __init__(self, layers: list[UNetLayer], downsample: nn.Module | None) -> None:
@@ -75,20 +82,27 @@ class DownBlock(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, modulation_of: ModulationOf, encoder_hidden_states: Tensor | None) -> list[Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        modulation_of: ModulationOf,
+        encoder_hidden_states: Tensor | None,
+        dropout_keys: Tensor | None = None,
+    ) -> list[Tensor]:
         outputs = []
         for layer in self.layers:
-            x = layer(x, modulation_of(layer.resnet), encoder_hidden_states)
+            x = layer(x, modulation_of(layer.resnet), encoder_hidden_states, dropout_keys)
             outputs.append(x)
         if self.downsample is not None:
-            outputs.append(_resampled(self.downsample, x, modulation_of))
+            outputs.append(_resampled(self.downsample, x, modulation_of, dropout_keys))
         return outputs
 
 
 class UpBlock(nn.Module):
     """The layers of one resolution on the way up, each fed one skip, then the upsampling (None at the last).
 
-    `forward(x, skips, modulation_of, encoder_hidden_states)` -> Tensor; takes what it needs off the end of `skips`.
+    `forward(x, skips, modulation_of, encoder_hidden_states, dropout_keys=None)` -> Tensor; takes what it needs off the
+    end of `skips`.
     """
 
     def __init__(self, layers: list[UNetLayer], upsample: nn.Module | None) -> None:
@@ -102,14 +116,16 @@ class UpBlock(nn.Module):
         skips: list[Tensor],
         modulation_of: ModulationOf,
         encoder_hidden_states: Tensor | None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         for layer in self.layers:
-            x = layer(torch.cat([x, skips.pop()], dim=1), modulation_of(layer.resnet), encoder_hidden_states)
-        return x if self.upsample is None else _resampled(self.upsample, x, modulation_of)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, modulation_of(layer.resnet), encoder_hidden_states, dropout_keys)
+        return x if self.upsample is None else _resampled(self.upsample, x, modulation_of, dropout_keys)
 
 
-def _resampled(module: nn.Module, x: Tensor, modulation_of: ModulationOf) -> Tensor:
-    return module(x, modulation_of(module)) if isinstance(module, ResidualBlock) else module(x)
+def _resampled(module: nn.Module, x: Tensor, modulation_of: ModulationOf, dropout_keys: Tensor | None) -> Tensor:
+    return module(x, modulation_of(module), dropout_keys) if isinstance(module, ResidualBlock) else module(x)
 
 
 class _Precomputed:
@@ -180,8 +196,10 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv_out = zero_init(nn.Conv2d(channels, config.out_channels, kernel_size=3, padding=1))
-        blocks = (module for module in self.modules() if isinstance(module, ResidualBlock))
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
         self.modulation_channels = sum(block.modulation_channels for block in blocks)
+        for number, block in enumerate(blocks):
+            block.dropout.layer = number
         # The layout of a conv's weight decides that of its output, even for an input in NCHW.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to the types of torch 2.11
 
@@ -209,6 +227,7 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         condition: Tensor | None = None,
         modulation: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Predict from the noisy images x [B, in_channels, H, W] at timesteps t [B] (integer or floating).
 
@@ -219,6 +238,9 @@ class UNet(nn.Module):
         condition: [B, condition_channels, H, W] of any float dtype; needed exactly when the model has such channels.
         modulation: [B, modulation_channels], `time_modulation(t, class_labels)` computed before; t and class_labels are
         then not read.
+        dropout_keys: int64 [B, 3], of each image the seed, its index in the data set and the epoch: dropout then hangs
+        on them and the layer only (`fastdiff.kernels.dropout`), not on the batch; by default it draws from torch's
+        generator. Not read in eval mode or without dropout.
         H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
 
         Returns [B, out_channels, H, W], channels-last, in the dtype of the weights (or of autocast). Raises ValueError
@@ -226,6 +248,8 @@ class UNet(nn.Module):
         """
         self._validate_inputs(x, t, class_labels, encoder_hidden_states)
         self._validate_condition(x, condition)
+        if dropout_keys is not None:
+            check_tensor("dropout_keys", dropout_keys, (x.shape[0], 3), (torch.int64,), x.device)
         modulation_of: Any
         if modulation is None:
             embedding = self._embedding(t, class_labels)
@@ -242,14 +266,14 @@ class UNet(nn.Module):
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
-            skips += block(skips[-1], modulation_of, encoder_hidden_states)
+            skips += block(skips[-1], modulation_of, encoder_hidden_states, dropout_keys)
         h = skips[-1]
         for layer in self.mid_layers:
-            h = layer(h, modulation_of(layer.resnet), encoder_hidden_states)
+            h = layer(h, modulation_of(layer.resnet), encoder_hidden_states, dropout_keys)
         for block in self.up_blocks:
             # a list of its own: FSDP hands a block a copy, so what it takes off one is not gone from ours
             taken, skips = skips[-len(block.layers) :], skips[: -len(block.layers)]
-            h = block(h, taken, modulation_of, encoder_hidden_states)
+            h = block(h, taken, modulation_of, encoder_hidden_states, dropout_keys)
         return self.conv_out(self.norm_out(h))
 
     @property

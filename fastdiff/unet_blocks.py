@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.kernels.dropout import dropout
 from fastdiff.kernels.group_norm import group_norm_silu
 
 MAX_PERIOD = 10_000.0
@@ -89,13 +90,27 @@ def resize(x: Tensor, direction: Literal["down", "up"]) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
+class KeyedDropout(nn.Dropout):
+    """nn.Dropout, which draws from torch's generator, or dropout by keys: `forward(x, keys=None)`, keys int64 [B, 3].
+
+    `layer` is the number of this dropout in the network (`fastdiff.kernels.dropout`).
+    """
+
+    layer = 0
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        if keys is None or not self.training or self.p == 0:
+            return super().forward(x)
+        return dropout(x, self.p, keys, self.layer)
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv, plus the input (DDPM, appendix B).
 
-    `forward(x, modulation)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double the size with
-    `resample`. `modulation` [B, modulation_channels] is `self.modulation(embedding)` of an embedding
-    [B, embedding_channels] that has been through its SiLU: it does not depend on x and can be had for all timesteps at
-    once.
+    `forward(x, modulation, dropout_keys=None)`: x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or double
+    the size with `resample`; dropout_keys as of UNet. `modulation` [B, modulation_channels] is
+    `self.modulation(embedding)` of an embedding [B, embedding_channels] that has been through its SiLU: it does not
+    depend on x and can be had for all timesteps at once.
 
     With `use_scale_shift_norm` the embedding scales and shifts the second norm (ADM, "adaptive group normalization")
     instead of being added before it. The second conv starts at zero, so that the block starts as its shortcut.
@@ -121,7 +136,7 @@ class ResidualBlock(nn.Module):
         self.modulation_channels = out_channels * (2 if use_scale_shift_norm else 1)
         self.time_emb_proj = nn.Linear(embedding_channels, self.modulation_channels)
         self.norm2 = GroupNormSiLU(num_groups, out_channels, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
@@ -137,7 +152,7 @@ class ResidualBlock(nn.Module):
         bias = None if self.use_scale_shift_norm else _left_bias(self.conv1)
         return modulation if bias is None else modulation + bias
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         h = self.norm1(x)
         if self.resample is not None:
             h, x = resize(h, self.resample), resize(x, self.resample)
@@ -148,7 +163,7 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h, bias=bias, scale=scale, shift=shift)
         else:
             h = self.norm2(h, bias=modulation)
-        h = self.conv2(self.dropout(h))
+        h = self.conv2(self.dropout(h, dropout_keys))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.unet import PRESETS, UNet, UNetConfig
-from fastdiff.unet_blocks import GroupNormSiLU, TimestepEmbedding
+from fastdiff.unet_blocks import GroupNormSiLU, KeyedDropout, TimestepEmbedding
 
 TINY = UNetConfig(
     sample_size=8,
@@ -170,6 +170,80 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(unet(**inputs), unet(**inputs))
     unet.eval()
     assert torch.equal(unet(**inputs), unet(**inputs))
+
+
+def dropout_keys_of(*samples: int) -> Tensor:
+    return torch.tensor([[3, sample, 2] for sample in samples])
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_keyed_dropout_depends_on_the_sample_and_not_on_the_batch(overrides: dict[str, Any]) -> None:
+    unet, inputs = make_unet(dropout=0.5, **overrides), make_inputs()
+    keys = dropout_keys_of(7, 8, 9)
+    out = unet(**inputs, dropout_keys=keys)
+    torch.manual_seed(5)
+    assert torch.equal(unet(**inputs, dropout_keys=keys), out)
+    order = torch.tensor([2, 0])
+    part = unet(**{name: value[order] for name, value in inputs.items()}, dropout_keys=keys[order])
+    # the same sums of another batch: convolutions may add in another order
+    torch.testing.assert_close(part, out[order], rtol=1e-4, atol=1e-4)
+    others = unet(**inputs, dropout_keys=dropout_keys_of(7, 8, 10)) - out
+    assert (others.flatten(1).abs().amax(1) > 0.01).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_every_layer_has_a_mask_of_its_own(overrides: dict[str, Any]) -> None:
+    unet, ran = make_unet(dropout=0.5, **overrides), []
+    for module in unet.modules():
+        if isinstance(module, KeyedDropout):
+            module.register_forward_hook(lambda module, *_: ran.append(module.layer))
+    unet(**make_inputs(), dropout_keys=dropout_keys_of(7, 8, 9))
+    assert ran == list(range(len(ran)))
+    assert len(ran) >= 6
+
+
+def test_keys_change_nothing_without_dropout_and_in_eval_mode() -> None:
+    inputs, keys = make_inputs(), dropout_keys_of(7, 8, 9)
+    for unet in (make_unet(), make_unet(dropout=0.5).eval()):
+        assert torch.equal(unet(**inputs, dropout_keys=keys), unet(**inputs))
+    assert make_unet(dropout=0.5).state_dict().keys() == make_unet().state_dict().keys()
+
+
+@pytest.mark.parametrize("keys", ["given", "none", "without dropout"])
+def test_the_compiled_graph_reads_keys_only_where_they_matter(keys: str) -> None:
+    unet, inputs = make_unet(dropout=0.0 if keys == "without dropout" else 0.5), make_inputs()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    given = None if keys == "none" else dropout_keys_of(7, 8, 9)
+    out = torch.compile(unet, backend=backend, fullgraph=True)(**inputs, dropout_keys=given)
+    code = graphs[0].code
+    assert ("dropout_keys" in code) == (keys == "given")
+    assert ("nn.functional.dropout" in code) == (keys != "given")
+    if keys == "given":
+        assert torch.equal(out, unet(**inputs, dropout_keys=given))
+
+
+def test_gradients_with_keyed_dropout_are_those_of_a_kept_mask() -> None:
+    unet, keys = make_unet(dropout=0.3).double(), dropout_keys_of(7, 8, 9)
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in make_inputs().items()}
+    unet(**inputs, dropout_keys=keys).square().mean().backward()
+    gradient = unet.conv_in.weight.grad.clone()
+    direction = torch.randn_like(gradient)
+
+    def loss_at(distance: float) -> float:
+        with torch.no_grad():
+            unet.conv_in.weight += distance * direction
+            loss = unet(**inputs, dropout_keys=keys).square().mean().item()
+            unet.conv_in.weight -= distance * direction
+        return loss
+
+    slope = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4
+    # the third derivative times 1e-8 / 6; a backward pass with another mask would be off by a third
+    assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-4)
 
 
 def test_bfloat16_autocast_is_finite_and_close(unet: UNet) -> None:
