@@ -238,9 +238,9 @@ class UNet(nn.Module):
         condition: [B, condition_channels, H, W] of any float dtype; needed exactly when the model has such channels.
         modulation: [B, modulation_channels], `time_modulation(t, class_labels)` computed before; t and class_labels are
         then not read.
-        dropout_keys: int64 [B, 3], of each image the seed, its index in the data set and the epoch: dropout then hangs
-        on them and the layer only (`fastdiff.kernels.dropout`), not on the batch; by default it draws from torch's
-        generator. Not read in eval mode or without dropout.
+        dropout_keys: int64 [B, 3], the seed of each image, its index in the data set and the epoch: dropout depends on
+        these and the layer (`fastdiff.kernels.dropout`), not on the batch. By default it draws from torch's generator.
+        Without effect in eval mode or without dropout.
         H and W must be multiples of `config.downsampling_factor`; they need not be sample_size.
 
         Returns [B, out_channels, H, W], channels-last, in the dtype of the weights (or of autocast). Raises ValueError
