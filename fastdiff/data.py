@@ -91,7 +91,7 @@ def load_dataset(
         return _load_folder(spec, split, image_size)
     if spec == "digits":
         dataset = _load_digits(split)
-    elif spec in ("mnist", "cifar10"):
+    elif downloads(spec):
         dataset = _load_torchvision(spec, split, Path(root), download)
     else:
         raise ValueError(f"dataset must be digits, mnist, cifar10 or folder:PATH, got {spec!r}")
@@ -100,6 +100,11 @@ def load_dataset(
     size = (image_size, image_size)
     images = torch.nn.functional.interpolate(dataset.images.float(), size, mode="bicubic", antialias=True)
     return replace(dataset, images=images.round().clamp(0, 255).to(torch.uint8))
+
+
+def downloads(spec: str) -> bool:
+    """Whether `load_dataset` may have to download this set."""
+    return spec in ("mnist", "cifar10")
 
 
 def _missing(package: str, spec: str) -> ImportError:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from fastdiff.shards import local
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -31,9 +33,12 @@ class EMA(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: Model, weight: Tensor) -> None:
-        """Move towards `model` by `weight`, a float32 scalar on its device; buffers are copied."""
-        averages: list[Tensor] = list(self.model.parameters())
-        current: list[Tensor] = list(model.parameters())
+        """Move towards `model` by `weight`, a float32 scalar on its device; buffers are copied.
+
+        Of a model in shards, as the average must be too, each process moves its own.
+        """
+        averages = [local(value) for value in self.model.parameters()]
+        current = [local(value) for value in model.parameters()]
         (descend_ if weight.is_cuda else lerp_)(averages, current, weight)
         for average, buffer in zip(self.model.buffers(), model.buffers()):
             average.copy_(buffer)

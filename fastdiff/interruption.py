@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that a loop fulfils between two steps."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a wish that a loop fulfils between two steps."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import signal
 import threading
 from types import FrameType
 
+# Batch systems are often told to send SIGUSR1 some minutes before the time is up. Windows has none.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second one acts as usual.
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second Ctrl-C acts as usual.
 
-    Outside the main thread, where Python handles no signals, nothing changes.
+    The other two may come twice for one wish, from a batch system and once more through torchrun, and change nothing
+    then. Outside the main thread, where Python handles no signals, nothing changes.
     """
 
     def __enter__(self) -> Interruption:
         self.requested = False
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -26,4 +30,5 @@ class Interruption:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self.__exit__()
+        if number == signal.SIGINT:
+            signal.signal(number, self.handlers[number])

@@ -6,7 +6,7 @@ index, epoch), so the loss of a sample does not depend on the batch around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,18 +108,19 @@ class DiffusionLoss:
         epochs: Tensor,
         *,
         condition: Tensor | None = None,
+        model_kwargs: Mapping[str, Tensor] | None = None,
         grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted loss float32 [B], the model's output, and grad_scale * d loss[b] / d output, like the output.
 
         images: uint8 (or float in [-1, 1]) [B, C, H, W]; labels int64 [B] or None; sample_indices, epochs int64 [B];
-        condition: what the model takes under this name, or None.
+        condition: what the model takes under this name, or None. model_kwargs: what else it takes, by name.
         To train, call `output.backward(gradient=grad)`: the gradient comes with the loss, in the same pass.
         """
         t = self.timesteps(sample_indices, epochs)
         if labels is not None:
             labels = self.drop_labels(labels, sample_indices, epochs)
-        kwargs = _model_kwargs(labels, condition)
+        kwargs = {**_model_kwargs(labels, condition), **(model_kwargs or {})}
         return self._loss(model, images, kwargs, t, self.weights[t], self.seed, sample_indices, epochs, grad_scale)
 
     @torch.no_grad()

@@ -1,14 +1,25 @@
-"""The processes that torchrun starts, where they need each other for little: who goes first, and whether all agree."""
+"""The processes that torchrun starts: who they are, what they tell each other, and how a run of theirs is named."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import shlex
 from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
 
 WAIT = datetime.timedelta(days=30)
+# What one process can do while the others wait: load data, draw a picture, write a checkpoint. A machine that is lost
+# without a word is found out after this time.
+TRAINING_WAIT = datetime.timedelta(hours=1)
+# What a reader of data, a model or a file raises for what its user gave it.
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 
 
 class Processes:
@@ -17,51 +28,68 @@ class Processes:
     A process that leaves by an error takes the others along: they wait for it in vain, and torchrun ends them.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, *, training: bool = False) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._training = training
         self._connected = False
 
     @classmethod
-    def of_environment(cls) -> Processes:
-        """From RANK, WORLD_SIZE and LOCAL_RANK."""
+    def of_environment(cls, *, training: bool = False) -> Processes:
+        """From RANK, WORLD_SIZE and LOCAL_RANK. training: they exchange gradients, by NCCL where there are GPUs."""
         rank, size, local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        return cls(rank, size, local_rank)
+        return cls(rank, size, local_rank, training=training)
 
     def __enter__(self) -> Processes:
         if self.size > 1 and not dist.is_initialized():
             # one process may have far more to do than another before they meet
-            dist.init_process_group("gloo", timeout=WAIT)
+            gpus = self._training and torch.cuda.is_available()
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, timeout=TRAINING_WAIT if self._training else WAIT)
             self._connected = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._connected:
+        # NCCL would wait for what a lost process never sends
+        if self._connected and (kind is None or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
 
     def device_name(self, name: str) -> str:
         """`name`, or the GPU of this process where it leaves the choice and there are several processes."""
-        import torch
-
         if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
-    def first_does(self, action: Callable[[], None]) -> None:
-        """The first process acts while the others wait; its error is raised in all of them."""
+    def first_does(self, action: Callable[..., Result], *arguments: Any) -> Result:
+        """What the first process makes of it while the others wait, in all of them; an error of it, too.
+
+        It is pickled on its way.
+        """
         if self.size == 1:
-            action()
-            return
-        error: list[Exception | None] = [None]
-        if self.rank == 0:
-            try:
-                action()
-            except (ValueError, OSError) as raised:
-                error[0] = raised
-        dist.broadcast_object_list(error, src=0)
-        if error[0] is not None:
-            raise error[0]
+            return action(*arguments)
+        outcome = [_outcome(lambda: action(*arguments)) if self.first else (None, None)]
+        dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def all_do(self, action: Callable[[], Result]) -> Result:
+        """Every process acts; the error of one is raised in all."""
+        if self.size == 1:
+            return action()
+        result, error = _outcome(action)
+        errors: list[Exception | None] = [None] * self.size
+        dist.all_gather_object(errors, error)
+        for raised in filter(None, errors):
+            raise raised
+        return result  # type: ignore[return-value]
 
     def all_true(self, value: bool) -> bool:
         """Whether it is true in all processes; they wait for each other."""
@@ -70,3 +98,67 @@ class Processes:
         values: list[bool | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return all(values)
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum over all processes of `values` on the CPU, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+class StopTogether:
+    """Whether any process wishes to stop: all learn it at the same call, the one after the wish, and none waits for it.
+
+    The processes exchange a number on the CPU while they do their next step.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._alone = processes.size == 1
+        self._wish = torch.zeros(1, dtype=torch.int32)
+        self._exchange: dist.Work | None = None
+
+    def __call__(self, wish: bool) -> bool:
+        """Alone, what it is told; else whether any process wished to stop at the call before."""
+        if self._alone:
+            return wish
+        answer = self.settle()
+        self._wish.fill_(wish)
+        self._exchange = dist.all_reduce(self._wish, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def settle(self) -> bool:
+        """Wait for the exchange under way, which must be over when the processes part."""
+        if self._exchange is None:
+            return False
+        self._exchange.wait()
+        self._exchange = None
+        return bool(self._wish)
+
+
+def restarted() -> bool:
+    """Whether torchrun, or SLURM after a requeue, started this program again."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def launch_command(command: str) -> str:
+    """`command` ("fastdiff train ...") as it was started: on as many processes, if torchrun did it.
+
+    What torchrun was told of the machines' meeting place is not known here; several machines need it again.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return command
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    words = ["torchrun", *(["--standalone"] if machines == 1 else ["--nnodes", str(machines)])]
+    words += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0":
+        words += ["--max-restarts", restarts]
+    # without the dashes torchrun would take some options of ours for its own
+    return f"{shlex.join(words)} -m fastdiff -- {command.removeprefix('fastdiff ')}"
+
+
+def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        return action(), None
+    except EXPECTED as error:
+        return None, error

@@ -3,37 +3,29 @@
 Everything random is a function of (seed, sample index, epoch) and the batch of a step is a function of the step number,
 so a resumed run continues bit for bit. The host never waits for the device inside a step: losses stay there until they
 are logged.
+
+Under torchrun the processes share each batch; the first one prints and writes, and what goes wrong there is raised in
+all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from fastdiff import checkpoint, superres
-from fastdiff.data import Dataset
+from fastdiff.determinism import deterministic
 from fastdiff.interruption import Interruption
-from fastdiff.loss import DiffusionLoss
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.processes import Processes, StopTogether, launch_command
 from fastdiff.superres import SuperresScore
 from fastdiff.train_config import TrainConfig
-from fastdiff.train_evaluation import EVALUATION_IMAGES, draw_samples, held_out_loss
-from fastdiff.train_log import Throughput, TrainLog
-from fastdiff.train_setup import (
-    check_resume,
-    conditions,
-    device_and_dtype,
-    find_run,
-    load_data,
-    new_model,
-    objective_for,
-    preset_for,
-)
-from fastdiff.train_step import TrainStep, learning_rate
+from fastdiff.train_log import PendingLosses, Throughput
+from fastdiff.train_output import RunOutput
+from fastdiff.train_setup import find_run, set_up
+from fastdiff.train_step import TrainStep
+from fastdiff.train_update import learning_rate
 from fastdiff.unet import UNet, UNetConfig
 
 
@@ -75,118 +67,85 @@ def train(
     """Run (or, with config.resume, continue) a training run and write its checkpoints to config.output.
 
     model_config: the network, if it is none of the presets. on_step(step, model): called after every optimizer step.
-    On Ctrl-C or SIGTERM a checkpoint is written and the command that continues the run is printed.
+    On Ctrl-C, SIGTERM or SIGUSR1 a checkpoint is written and the command that continues the run is printed. Under
+    torchrun every process calls it, with the same arguments.
 
-    Raises ValueError for options that do not fit the data, the model or the run that is to continue, CheckpointError
-    where checkpoints cannot be read or written, and TrainingDiverged as soon as a NaN is seen.
+    Raises ValueError for options that do not fit the data, the model, the processes or the run that is to continue,
+    CheckpointError where checkpoints cannot be read or written, OSError where the log cannot, torch.OutOfMemoryError
+    where the batch has to be cut finer, and TrainingDiverged, at the next line of the log, after a NaN.
     """
-    output = Path(config.output)
-    resumed = find_run(config)
-    device, dtype = device_and_dtype(config)
-    dataset, held_out = load_data(config, device)
-    schedule = getattr(NoiseSchedule, config.schedule)(num_train_timesteps=config.num_train_timesteps)
-    if resumed:
-        averages, tensors, state = checkpoint.load_train_state(resumed)
-        model_config = check_resume(resumed, state["options"], config, model_config)
-    model_config = model_config or preset_for(config, dataset)
-    model = new_model(config, model_config, device)
-    objective = objective_for(config, schedule, model, dataset, dtype)
-    train_step = TrainStep(model, objective, dataset, config)
-    ema, step, saved, loss = train_step.ema, 0, resumed, None
-    if resumed:
+    with Processes.of_environment(training=True) as processes, deterministic(config.deterministic):
+        return _train(config, model_config, on_step or (lambda step, model: None), processes)
+
+
+def _train(
+    config: TrainConfig,
+    model_config: UNetConfig | None,
+    on_step: Callable[[int, UNet], None],
+    processes: Processes,
+) -> TrainResult:
+    saved = processes.first_does(find_run, config)
+    setup = set_up(config, model_config, saved, processes)
+    train_step = TrainStep(setup.model, setup.objective, setup.dataset, config, processes)
+    step, loss = 0, None
+    if setup.train_state:
+        averages, tensors, state = setup.train_state
         train_step.load_state(averages, tensors)
         step = state["step"]
     # Data, options and model fit: from here on the run leaves traces.
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        log = TrainLog(output / "log.jsonl", step)
-    except OSError as error:
-        raise checkpoint.CheckpointError(f"cannot write to output {output}: {error.strerror or error}") from error
-    settings = _settings(config, model_config, schedule, dataset, objective)
+    output = RunOutput(config, setup)
+    processes.first_does(output.open, step)
     bar = tqdm(
-        total=config.steps, initial=step, unit=" images", unit_scale=config.batch_size, disable=not config.progress
+        total=config.steps,
+        initial=step,
+        unit=" images",
+        unit_scale=config.batch_size,
+        disable=not (config.progress and processes.first),
     )
-    throughput, first = Throughput(), step
+    pending, throughput, first = PendingLosses(step, config.batch_size, processes), Throughput(), step
+    stop_together = StopTogether(processes)
     with Interruption() as interruption, bar:
         while step < config.steps:
             losses, gradient_norm = train_step(step)
-            log.add(losses.mean(), gradient_norm, learning_rate(config, step))
+            pending.add(losses, gradient_norm, learning_rate(config, step))
             throughput.add(config.batch_size)
             step += 1
             bar.update()
-            if on_step:
-                on_step(step, model)
+            on_step(step, setup.model)
 
-            stopping = step == config.steps or interruption.requested
+            stopping = stop_together(interruption.requested) or step == config.steps
             checkpointing = stopping or step % config.checkpoint_every == 0
             sampling = bool(config.sample_every) and (step % config.sample_every == 0 or step == config.steps)
             pausing = checkpointing or sampling or step % config.log_every == 0
             if pausing:
-                bar.set_postfix(loss=f"{log.flush(saved):.4f}")
+                mean = processes.first_does(output.write_losses, pending.read(), saved)
+                bar.set_postfix(loss=f"{mean:.4f}")
                 throughput.stop()
             if stopping:
                 speed = {"images_per_s": throughput.images_per_s, "activation_bytes": train_step.activation_bytes}
-                log.write({"step": step, **speed})
+                processes.first_does(output.write, {"step": step, **speed})
             if checkpointing:
-                with train_step.autocast():
-                    loss = held_out_loss(objective, ema.model, held_out, conditions(config))
-                log.write({"step": step, "held_out_loss": loss})
-                saved = checkpoint.save_checkpoint(
-                    output / f"step-{step}",
-                    weights=ema.model.state_dict(),
-                    config={**settings, "step": step, "held_out_loss": loss},
-                    train_state=train_step.state(),
-                    state={"step": step, "options": asdict(config)},
-                )
-                checkpoint.prune_checkpoints(output, keep_last=config.keep_last, keep_every=config.keep_every)
-                log.plot(output / "loss.png")
+                model, state = train_step.averages(keep=processes.first), train_step.whole_state(keep=processes.first)
+                saved, loss = processes.first_does(output.save, step, model, state)
             if sampling:
-                draw_samples(ema.model, schedule, config, held_out or dataset, output / "samples" / f"step-{step}.png")
+                processes.first_does(output.draw, step, train_step.averages(keep=processes.first))
             if stopping:
                 break
             if pausing or step == first + 1:
                 throughput.start()
+        stop_together.settle()
     completed = step >= config.steps
-    if not completed:
-        print(f"stopped after step {step}; continue with: {config.command()} --resume")
+    if not completed and processes.first:
+        print(f"stopped after step {step}; continue with: {launch_command(config.command())} --resume")
     assert saved is not None  # a run that does no step is a resumed one
-    score = None
-    if completed and config.task == "superres" and held_out is not None:
-        images = held_out.images[:EVALUATION_IMAGES]
-        score = superres.evaluate(ema.model, schedule, config.prediction_type, images, config.superres_factor)
-        log.write({"step": step, "superres": asdict(score)})
+    model = train_step.averages()
     return TrainResult(
-        model=ema.model,
+        model=model,
         checkpoint=saved,
         step=step,
         held_out_loss=loss,
         completed=completed,
-        superres=score,
+        superres=processes.first_does(output.score, step, model) if completed else None,
         images_per_s=throughput.images_per_s,
         activation_bytes=train_step.activation_bytes,
     )
-
-
-def _settings(
-    config: TrainConfig,
-    model_config: UNetConfig,
-    schedule: NoiseSchedule,
-    dataset: Dataset,
-    objective: DiffusionLoss,
-) -> dict[str, Any]:
-    """What config.json of a checkpoint says of the run."""
-    return {
-        "format_version": 1,
-        "model": model_config.to_dict(),
-        "schedule": schedule.to_config(),
-        "prediction_type": config.prediction_type,
-        "task": config.task,
-        "superres_factor": config.superres_factor if config.task == "superres" else None,
-        "dataset": config.dataset,
-        "image_shape": list(dataset.image_shape),
-        "num_classes": model_config.num_classes,
-        "class_names": list(dataset.class_names) if dataset.class_names and dataset.labels is not None else None,
-        "label_dropout": objective.label_dropout,
-        "seed": config.seed,
-        "command": config.command(),
-    }

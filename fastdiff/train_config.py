@@ -27,7 +27,7 @@ BOUNDS = {
     **dict.fromkeys(("warmup_steps", "sample_every"), (0, 2**31, "at least 0")),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "min_snr_gamma"), (1e-30, float("inf"), "greater than 0")),
     "weight_decay": (0, float("inf"), "at least 0"),
-    "label_dropout": (0, 1, "in [0, 1)"),
+    **dict.fromkeys(("label_dropout", "dropout"), (0, 1, "in [0, 1)")),
     "superres_factor": (2, 65, "in [2, 64]"),
     "ema_decay": (0, 1, "in [0, 1)"),
     "seed": (0, 2**63, "in [0, 2^63)"),
@@ -57,6 +57,8 @@ class TrainConfig:
     """Folder of the run: checkpoints step-N, log.jsonl, loss.png, samples/."""
     model: str = "digits"
     """U-Net preset: digits, cifar10 or imagenet64. Image size, channels and classes follow the dataset."""
+    dropout: float | None = None
+    """Share of the activations that the residual blocks drop while training; None keeps the preset's."""
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "edm"] = "cosine"
     """Noise schedule."""
     num_train_timesteps: int = 1000
@@ -72,9 +74,9 @@ class TrainConfig:
     steps: int = 2500
     """Optimizer steps in all, including those before a resume."""
     batch_size: int = 128
-    """Images per optimizer step."""
+    """Images per optimizer step, on all processes together."""
     gradient_accumulation_steps: int = 1
-    """Compute each batch in this many equal pieces, to save memory."""
+    """Compute each batch in this many equal pieces, to save memory; several processes share them, one each at least."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -88,16 +90,21 @@ class TrainConfig:
     ema_decay: float = 0.995
     """Decay of the moving average of the weights, which is what samples; it warms up from 0.1."""
     seed: int = 0
-    """Seed of everything random: initial weights, data order, noise, timesteps, label dropout, flips."""
+    """Seed of everything random: initial weights, data order, noise, timesteps, label dropout, dropout, flips."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
+    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one. Under torchrun each process takes its own."""
+    fsdp: bool = False
+    """Under torchrun: share out weights, gradients and optimizer state among the processes (FSDP2), instead of a copy
+    for each (DDP)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the model; auto is bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile; not with fsdp."""
     cuda_graph: Literal["auto", True, False] = "auto"
-    """Capture the whole training step in a CUDA graph, so that small batches do not wait for the host; auto does so on
-    a GPU."""
+    """Capture the whole training step in a CUDA graph, so that small batches do not wait for the host; auto does so in
+    a single process on a GPU."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits in every run on the same hardware; slower on a GPU."""
     log_every: int = 50
     """Steps between readings of the loss; only then does the host wait for the device."""
     checkpoint_every: int = 500
@@ -111,7 +118,8 @@ class TrainConfig:
     progress: bool = True
     """Show a progress bar."""
     resume: bool = False
-    """Continue the run in `output` from its newest undamaged checkpoint."""
+    """Continue the run in `output` from its newest undamaged checkpoint. A program that torchrun or SLURM starts again
+    does so by itself, if there is one."""
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
@@ -129,6 +137,8 @@ class TrainConfig:
         if self.batch_size % self.gradient_accumulation_steps:
             accepted = f"a divisor of batch_size {self.batch_size}"
             raise ValueError(f"gradient_accumulation_steps must be {accepted}, got {self.gradient_accumulation_steps}")
+        if self.fsdp and self.compile:
+            raise ValueError("compile must be False with fsdp, got True")
 
     def command(self) -> str:
         """The shell command that makes this run: the options that differ from the defaults."""

@@ -27,12 +27,14 @@ def held_out_loss(
     held_out: Dataset | None,
     conditions: Callable[[Tensor], Tensor | None],
 ) -> float | None:
-    """The mean squared error of the model's output on held-out images, None without any."""
+    """The mean squared error of the model's output on held-out images, None without any; autocast as in training."""
     if held_out is None:
         return None
     labels = None if held_out.labels is None else held_out.labels[:EVALUATION_IMAGES]
     images = held_out.images[:EVALUATION_IMAGES]
-    return objective.evaluate(model, images, labels, condition=conditions(images)).item()
+    dtype = objective.dtype
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return objective.evaluate(model, images, labels, condition=conditions(images)).item()
 
 
 def draw_samples(model: UNet, schedule: NoiseSchedule, config: TrainConfig, dataset: Dataset, path: Path) -> None:

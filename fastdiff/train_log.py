@@ -6,11 +6,14 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdiff.processes import Processes
 
 
 class TrainingDiverged(RuntimeError):
@@ -46,42 +49,64 @@ class Throughput:
         return self._images / self._seconds if self._images else None
 
 
+class PendingLosses:
+    """Losses wait on the device until `read` takes them all at once, so that reading them does not slow the steps down.
+
+    step: steps done before. images: of a batch, which the `processes` share.
+    """
+
+    def __init__(self, step: int, images: int, processes: Processes) -> None:
+        self.step, self._images, self._processes = step, images, processes
+        self._pending: list[tuple[Tensor, Tensor, float]] = []
+
+    def add(self, losses: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
+        """Note the next step: the losses of this process and the norm of the whole gradient, both on the device."""
+        # In float64 the sum of float32 losses is exact as long as none is 2^20 times another: no matter who adds what.
+        self._pending.append((losses.sum(dtype=torch.float64), gradient_norm.clone(), learning_rate))
+
+    def read(self) -> list[dict[str, float]]:
+        """A record of each pending step, the same in all processes, which must ask at once."""
+        sums, norms, rates = zip(*self._pending)
+        self._pending = []
+        totals = self._processes.add(torch.stack(sums).cpu()).tolist()
+        records = []
+        for total, norm, rate in zip(totals, torch.stack(norms).tolist(), rates):
+            self.step += 1
+            loss = total / self._images
+            records.append({"step": self.step, "loss": loss, "gradient_norm": norm, "learning_rate": rate})
+        return records
+
+
 class TrainLog:
-    """Losses wait on the device until `flush` reads them all at once, so that logging does not slow the steps down."""
+    """log.jsonl, one line a step; opened anew, it loses the lines after step `start`."""
 
     def __init__(self, path: Path, start: int) -> None:
         lines = path.read_text().splitlines() if start and path.exists() else []
-        self.path, self.step, self.warned = path, start, False
-        self.pending: list[tuple[Tensor, float]] = []
+        self.path, self.warned = path, False
         # What an interrupted run logged after its last checkpoint will be logged again.
         path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= start))
 
-    def add(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Note the next step: float32 scalars on the device."""
-        self.pending.append((torch.stack([loss, gradient_norm]), learning_rate))
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Append a line for each record; OSError, which names the file, where that is not possible."""
+        try:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def write(self, *records: dict[str, Any]) -> None:
-        """Append a line for each record."""
-        with open(self.path, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    def write_losses(self, records: Sequence[Mapping[str, float]], saved: Path | None) -> float:
+        """Append what `PendingLosses.read` gave and return the mean loss; `saved` is the last checkpoint.
 
-    def flush(self, saved: Path | None) -> float:
-        """Write the pending steps and return their mean loss; `saved` is the last checkpoint.
-
-        Raises TrainingDiverged at the first step that is not finite. The caller flushes before it writes a checkpoint,
-        so no checkpoint holds what such a step left behind.
+        Raises TrainingDiverged at the first step that is not finite. A run writes its losses before a checkpoint, so no
+        checkpoint holds what came after such a step.
         """
-        records: list[dict[str, Any]] = []
-        values = torch.stack([value for value, _ in self.pending]).tolist()
-        for (loss, norm), (_, learning_rate) in zip(values, self.pending):
-            self.step += 1
+        for number, record in enumerate(records):
+            loss, norm = record["loss"], record["gradient_norm"]
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.write(*records)
+                self.write(*records[:number])
                 last = f"the last checkpoint is {saved}" if saved else "no checkpoint was written yet"
-                raise TrainingDiverged(f"loss {loss} with gradient norm {norm} at step {self.step}; {last}")
-            records.append({"step": self.step, "loss": loss, "gradient_norm": norm, "learning_rate": learning_rate})
+                raise TrainingDiverged(f"loss {loss} with gradient norm {norm} at step {record['step']}; {last}")
         self.write(*records)
-        self.pending = []
         return sum(record["loss"] for record in records) / len(records)
 
     def plot(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,85 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoint, superres
-from fastdiff.data import Dataset, EmptySplitError, load_dataset
+from fastdiff.data import Dataset, EmptySplitError, downloads, load_dataset
 from fastdiff.device import resolve_device
 from fastdiff.loss import DiffusionLoss
+from fastdiff.processes import Processes, restarted
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train_config import TrainConfig
 from fastdiff.unet import UNet, UNetConfig
 from fastdiff.unet_config import PRESETS
 
-# What may differ between a run and its continuation; every other option decides the weights.
+# What may differ between a run and its continuation; every other option decides the weights by more than roundings.
 FREE_ON_RESUME = {"steps", "data_root", "output", "device", "compile", "cuda_graph", "progress", "resume"}
 FREE_ON_RESUME |= {"log_every", "checkpoint_every", "keep_last", "keep_every", "sample_every"}
+FREE_ON_RESUME |= {"gradient_accumulation_steps", "fsdp", "deterministic"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Setup:
+    """Device, data, network and objective of a run; train_state: what it continues from, None for a new one."""
+
+    device: torch.device
+    dataset: Dataset
+    held_out: Dataset | None
+    schedule: NoiseSchedule
+    model_config: UNetConfig
+    model: UNet
+    objective: DiffusionLoss
+    train_state: checkpoint.TrainState | None
+
+
+def set_up(config: TrainConfig, model_config: UNetConfig | None, resumed: Path | None, processes: Processes) -> Setup:
+    """All that a run needs before its first step, in each of its processes; nothing is written.
+
+    Raises ValueError for options that do not fit the data, the model, the processes or the run that is to continue, and
+    CheckpointError where its checkpoint cannot be read; in all processes where one of them does.
+    """
+    pieces_each(config, processes.size)
+    device, dtype = processes.all_do(lambda: device_and_dtype(config, processes))
+    share_data = processes.first_of_machine_first if downloads(config.dataset) else processes.all_do
+    dataset, held_out = share_data(lambda: load_data(config, device))
+    if model_config is not None and config.dropout is not None:
+        model_config = replace(model_config, dropout=config.dropout)
+    train_state = None
+    if resumed:
+        # every process reads the whole: it takes its part itself, if there are shards
+        train_state = processes.all_do(lambda: checkpoint.load_train_state(resumed))
+        model_config = check_resume(resumed, train_state[2]["options"], config, model_config)
+    model_config = model_config or preset_for(config, dataset)
+    schedule = getattr(NoiseSchedule, config.schedule)(num_train_timesteps=config.num_train_timesteps)
+    model = new_model(config, model_config, device)
+    return Setup(
+        device=device,
+        dataset=dataset,
+        held_out=held_out,
+        schedule=schedule,
+        model_config=model_config,
+        model=model,
+        objective=objective_for(config, schedule, model, dataset, dtype),
+        train_state=train_state,
+    )
+
+
+def pieces_each(config: TrainConfig, processes: int) -> int:
+    """Into how many pieces each of so many processes cuts its share of a batch; ValueError where that is not even."""
+    pieces = max(config.gradient_accumulation_steps, processes)
+    if pieces % processes:
+        accepted = f"a multiple of the {processes} processes, or less"
+        raise ValueError(f"gradient_accumulation_steps must be {accepted}, got {config.gradient_accumulation_steps}")
+    if config.batch_size % pieces:
+        accepted = f"a multiple of the {processes} processes"
+        raise ValueError(f"batch_size must be {accepted}, got {config.batch_size}")
+    return pieces // processes
 
 
 def find_run(config: TrainConfig) -> Path | None:
-    """The checkpoint to continue from, None for a new run."""
+    """The checkpoint to continue from, None for a new run; a program that was started again takes what there is."""
     output = Path(config.output)
     latest = checkpoint.latest_checkpoint(output)
+    if restarted():
+        return latest
     if config.resume and latest is None:
         raise checkpoint.CheckpointError(f"output {output} has no undamaged checkpoint to resume from")
     if latest and not config.resume:
@@ -49,12 +111,27 @@ def check_resume(
     return stored
 
 
-def device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    """Where the run computes, and what the model is autocast to (float32: not at all)."""
-    device = resolve_device(config.device)
+def device_and_dtype(config: TrainConfig, processes: Processes | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where the run computes, and what the model is autocast to (float32: not at all).
+
+    Of several processes each gets the GPU of its number on the machine, which becomes its current one.
+    """
+    device = _own_device(config, processes) if processes and processes.size > 1 else resolve_device(config.device)
     if config.dtype != "auto":
         return device, getattr(torch, config.dtype)
     return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _own_device(config: TrainConfig, processes: Processes) -> torch.device:
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda with several processes, got {config.device!r}")
+    device = resolve_device(processes.device_name(config.device))
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if processes.local_rank >= gpus:
+            raise ValueError(f"there must be a GPU for each process of a machine, it has {gpus}")
+        torch.cuda.set_device(device)
+    return device
 
 
 def load_data(config: TrainConfig, device: torch.device) -> tuple[Dataset, Dataset | None]:
@@ -94,6 +171,7 @@ def preset_for(config: TrainConfig, dataset: Dataset) -> UNetConfig:
         out_channels=channels,
         condition_channels=channels if config.task == "superres" else 0,
         num_classes=dataset.num_classes if dataset.labels is not None else None,
+        dropout=preset.dropout if config.dropout is None else config.dropout,
         attention_resolutions=tuple(height // factor for factor in attended),
     )
 

@@ -14,7 +14,8 @@ from fastdiff.data import load_dataset
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train_config import TrainConfig
 from fastdiff.train_setup import new_model, objective_for
-from fastdiff.train_step import TrainStep, learning_rate
+from fastdiff.train_step import TrainStep
+from fastdiff.train_update import learning_rate
 from fastdiff.unet import UNetConfig
 
 pytest.importorskip("sklearn")
