@@ -27,10 +27,17 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 def test_all_are_tried_here():
-    assert sorted(NAMES) == ["diffusers_pipeline", "guided_diffusion_style", "k_diffusion_style", "own_module"]
+    # test_ray_serve.py tries the last one
+    assert sorted(NAMES) == [
+        "diffusers_pipeline",
+        "guided_diffusion_style",
+        "k_diffusion_style",
+        "own_module",
+        "ray_serve",
+    ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"ray_serve"}))
 def test_an_example_has_fewer_than_40_lines(name):
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 40
 
