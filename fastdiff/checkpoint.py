@@ -8,7 +8,8 @@
       manifest.json            SHA-256 of every file above
 
 Everything is written to `step-2500.tmp`, each file and then the directory flushed to disk, the manifest last, and the
-directory renamed: a crash leaves the previous checkpoint untouched. Loading compares every hash first, because
+directory renamed: a crash leaves the previous checkpoint untouched. One of the same name that is replaced is
+`step-2500.old` between two renames, and is read there after a crash. Loading compares every hash first, because
 safetensors by itself reads flipped bits without complaint.
 """
 
@@ -81,11 +82,13 @@ def save_checkpoint(
         files[STATE] = _json_bytes(state)
     manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[MANIFEST] = _json_bytes({"sha256": manifest})  # last: a directory with a manifest has everything else
-    temporary, replaced = (directory.with_name(directory.name + suffix) for suffix in (".tmp", ".old"))
+    temporary, replaced = directory.with_name(directory.name + ".tmp"), _replaced(directory)
     try:
         if directory.exists() and not _is_ours(directory):
             raise CheckpointError(f"cannot write checkpoint {directory}: it exists and is not a checkpoint")
         directory.parent.mkdir(parents=True, exist_ok=True)
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)  # of a writer that was killed between its two renames
         for leftover in (temporary, replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -168,9 +171,16 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 
 
 def checkpoints(run: str | Path) -> list[tuple[int, Path]]:
-    """The step and the path of every `step-N` directory in `run`, damaged ones too, in ascending order."""
-    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in Path(run).glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+    """The step and the path of every `step-N` directory in `run`, damaged ones too, in ascending order.
+
+    `step-N.old` counts where a writer was killed before its successor had that name.
+    """
+    found: dict[int, Path] = {}
+    for path in Path(run).glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)(\.old)?", path.name)
+        if match and path.is_dir() and not (match[2] and path.with_suffix("").is_dir()):
+            found[int(match[1])] = path
+    return sorted(found.items())
 
 
 def prune_checkpoints(run: str | Path, *, keep_last: int | None = None, keep_every: int | None = None) -> list[Path]:
@@ -210,6 +220,11 @@ def prune_checkpoints(run: str | Path, *, keep_last: int | None = None, keep_eve
     return removed[::-1]
 
 
+def _replaced(directory: Path) -> Path:
+    """Where a checkpoint is while another takes its place."""
+    return directory.with_name(directory.name + ".old")
+
+
 def _is_ours(directory: Path) -> bool:
     """Whether replacing `directory` loses nothing but a checkpoint, even a damaged one."""
     return directory.is_dir() and {path.name for path in directory.iterdir()} <= ALL_FILES
@@ -218,7 +233,9 @@ def _is_ours(directory: Path) -> bool:
 def _read_verified(directory: Path, wanted: set[str] | None) -> dict[str, bytes]:
     """The content of the `wanted` files (None: of all), each compared with the manifest."""
     if not directory.is_dir():
-        raise CheckpointError(f"checkpoint {directory} does not exist")
+        if not _replaced(directory).is_dir():
+            raise CheckpointError(f"checkpoint {directory} does not exist")
+        directory = _replaced(directory)
     try:
         hashes = json.loads(_read(directory / MANIFEST))["sha256"]
         expected = {name: hashes[name] for name in wanted or hashes}

@@ -185,6 +185,22 @@ def test_process_killed_at_any_write_leaves_a_whole_checkpoint(saved, write, mon
     assert checkpoint.latest_checkpoint(saved.parent) == target
 
 
+def test_a_checkpoint_whose_successor_was_killed_between_two_renames_is_read_and_replaced(saved):
+    moved = saved.rename(saved.with_name("step-4.old"))
+    assert checkpoint.checkpoints(saved.parent) == [(4, moved)]
+    assert checkpoint.latest_checkpoint(saved.parent) == moved
+    assert checkpoint.load_train_state(saved)[2] == {"step": 4}
+    checkpoint.save_checkpoint(saved, weights=tiny_model().state_dict(), config=config_of(tiny_model()))
+    assert [path.name for path in saved.parent.iterdir()] == ["step-4"]
+
+
+def test_a_failed_write_gives_back_what_a_killed_one_had_moved(saved):
+    saved.rename(saved.with_name("step-4.old"))
+    with pytest.raises(TypeError):
+        checkpoint.save_checkpoint(saved, weights={}, config={"not JSON": object()})
+    assert checkpoint.load_train_state(saved)[2] == {"step": 4}
+
+
 def test_overwriting_replaces_the_whole_checkpoint(saved):
     model = tiny_model()
     checkpoint.save_checkpoint(saved, weights=model.state_dict(), config=config_of(model))
