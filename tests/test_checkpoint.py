@@ -2,7 +2,6 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -91,28 +90,6 @@ def test_deleted_file_is_named(saved, name):
         checkpoint.verify(saved)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
-def test_damaged_file_is_named(saved, name, damage):
-    generator = random.Random(name)
-    path = saved / name
-    whole = path.read_bytes()
-    lengths = [0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(30))]
-    for length in lengths:
-        content = bytearray(whole)
-        if damage == "truncated":
-            del content[length:]
-        else:
-            content[length] ^= 1 << generator.randrange(8)
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError) as error:
-            checkpoint.verify(saved)
-        # A flipped bit in the manifest may also read as another file being wrong: it holds their names and hashes.
-        assert name == "manifest.json" or f"step-4/{name} is damaged" in str(error.value)
-    path.write_bytes(whole)
-    checkpoint.verify(saved)
-
-
 def test_loading_notices_damage(saved):
     content = bytearray((saved / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -192,13 +169,6 @@ def test_a_checkpoint_whose_successor_was_killed_between_two_renames_is_read_and
     assert checkpoint.load_train_state(saved)[2] == {"step": 4}
     checkpoint.save_checkpoint(saved, weights=tiny_model().state_dict(), config=config_of(tiny_model()))
     assert [path.name for path in saved.parent.iterdir()] == ["step-4"]
-
-
-def test_a_failed_write_gives_back_what_a_killed_one_had_moved(saved):
-    saved.rename(saved.with_name("step-4.old"))
-    with pytest.raises(TypeError):
-        checkpoint.save_checkpoint(saved, weights={}, config={"not JSON": object()})
-    assert checkpoint.load_train_state(saved)[2] == {"step": 4}
 
 
 def test_overwriting_replaces_the_whole_checkpoint(saved):

@@ -1,0 +1,7 @@
+"""All trials, in the order of the promises."""
+
+from soak import checkpoint_damage, checkpoint_writing
+from soak.trial import Trial
+
+MODULES = (checkpoint_writing, checkpoint_damage)
+TRIALS = tuple(value for module in MODULES for value in vars(module).values() if isinstance(value, Trial))
