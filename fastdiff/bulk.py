@@ -61,8 +61,8 @@ def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
     with Processes.of_environment() as processes:
         device = resolve_device(processes.device_name(config.device))
         directory = find_checkpoint(config.checkpoint)
-        loaded = load_model(directory, device=device)
-        draw = prepare(config.sampling(), loaded, device)
+        loaded = load_model(directory, device=device, weights=config.weights)
+        draw = prepare(config, loaded, device, num=config.num)
         if draw.condition is not None:
             raise ValueError("checkpoint must be one of task generate, a model of task superres needs its images")
         if draw.shape[0] not in (1, 3) and config.format == "png":
@@ -112,6 +112,7 @@ def _settings(config: BulkConfig, draw: Draw, checkpoint: Path, device: torch.de
         "batch_size": config.batch_size,
         "format": config.format,
         "shape": list(draw.shape),
+        "weights": config.weights,
         "class_labels": None if config.class_labels is None else list(config.class_labels),
         "solver": config.solver,
         "num_inference_steps": config.num_inference_steps,

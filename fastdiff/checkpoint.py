@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,8 @@ from fastdiff.unet import UNet, UNetConfig
 
 MODEL, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
 TRAIN_STATE, STATE = "train_state.safetensors", "state.json"
+# of the names of the trained weights in the training state
+TRAINED = "model."
 ALL_FILES = {MODEL, CONFIG, MANIFEST, TRAIN_STATE, STATE}
 
 
@@ -117,19 +119,30 @@ def verify(directory: str | Path) -> None:
     _read_verified(Path(directory), None)
 
 
-def load_model(directory: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
+def load_model(
+    directory: str | Path, *, device: torch.device | str = "cpu", weights: Literal["average", "trained"] = "average"
+) -> Checkpoint:
     """Load the model of a verified checkpoint onto `device`, in float32 whatever it was stored in.
 
-    Raises CheckpointError where a file is missing, damaged or does not describe a model.
+    weights: "average" for the moving average, "trained" for the weights of the last step themselves.
+
+    Raises CheckpointError where a file is missing, damaged or does not describe a model, and for the trained weights of
+    a model that was exported without them.
     """
+    if weights not in ("average", "trained"):
+        raise ValueError(f"weights must be average or trained, got {weights!r}")
     directory = Path(directory)
-    files = _read_verified(directory, {CONFIG, MODEL})
+    file = MODEL if weights == "average" else TRAIN_STATE
+    files = _read_verified(directory, {CONFIG, file})
     config = json.loads(files[CONFIG])
     try:
         model = UNet(UNetConfig.from_dict(config["model"]))
         schedule = NoiseSchedule.from_config(config["schedule"])
         prediction_type = config["prediction_type"]
-        model.load_state_dict(load(files[MODEL]))
+        tensors = load(files[file])
+        if weights == "trained":
+            tensors = {name[len(TRAINED) :]: value for name, value in tensors.items() if name.startswith(TRAINED)}
+        model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         # A state dict that does not fit is reported over many lines, one for each tensor.
         reason = " ".join(str(error).split())[:200]
@@ -242,7 +255,9 @@ def _read_verified(directory: Path, wanted: set[str] | None) -> dict[str, bytes]
         if not {CONFIG, MODEL} <= hashes.keys():
             raise ValueError
     except KeyError as error:
-        raise CheckpointError(f"checkpoint {directory} has no {error.args[0]} in its {MANIFEST}") from error
+        exported = error.args[0] in (TRAIN_STATE, STATE)
+        reason = ": it was exported for sampling, with averaged weights alone" if exported else ""
+        raise CheckpointError(f"checkpoint {directory} has no {error.args[0]} in its {MANIFEST}{reason}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise error if isinstance(error, CheckpointError) else _damaged(directory / MANIFEST) from error
     files = {name: _read(directory / name) for name in expected}

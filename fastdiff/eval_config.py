@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fastdiff.bulk_config import BulkConfig
-from fastdiff.sample_config import SampleDtype
+from fastdiff.sampling_options import SamplingOptions, Weights, require_choice, require_integer
 
 Split = Literal["train", "held_out"]
 Variance = Literal["fixed_large", "fixed_small"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSamplesConfig:
+class EvalSamplesConfig(SamplingOptions):
     """Which samples to compare with which images, and how. Raises ValueError naming the field that is out of range."""
 
     samples: Path | None = None
@@ -35,54 +35,22 @@ class EvalSamplesConfig:
     """Images of a subset; fewer where there are fewer."""
     neighbours: int = 3
     """Precision and recall reach from an image to its k-th nearest neighbour of its own set."""
-    checkpoint: Path | None = BulkConfig.checkpoint
-    """A checkpoint, or the folder of a training run (its newest one); None takes the packaged digits model."""
     num: int = BulkConfig.num
     """How many samples to draw."""
     class_labels: tuple[int, ...] | None = BulkConfig.class_labels
     """Classes, taken in turn by the index of a sample; None takes all classes."""
-    seed: int = BulkConfig.seed
-    """Sample i depends on the seed and on i alone."""
-    solver: str = BulkConfig.solver
-    """How to walk from noise to image: ddim, dpmpp_2m, unipc, ... An unknown name lists all."""
-    num_inference_steps: int = BulkConfig.num_inference_steps
-    """Steps of the walk, at most as many as the model was trained with."""
-    guidance_scale: float | None = BulkConfig.guidance_scale
-    """Classifier-free guidance; 1 is none. None takes 1.5 for a model that was trained for it, else none."""
-    batch_size: int = BulkConfig.batch_size
-    """Samples drawn at once."""
-    device: str = BulkConfig.device
-    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
-    dtype: SampleDtype = BulkConfig.dtype
-    """What the model computes in: another one than float32 means autocast."""
-    compile: bool = BulkConfig.compile
-    """Run the model through torch.compile."""
 
     def __post_init__(self) -> None:
-        _check_choice("split", self.split, get_args(Split))
-        for name, least in (("kid_subsets", 2), ("kid_subset_size", 2), ("neighbours", 1)):
-            _check_integer(name, getattr(self, name), least)
+        super().__post_init__()
+        require_choice("split", self.split, get_args(Split))
+        for name, least in (("num", 1), ("kid_subsets", 2), ("kid_subset_size", 2), ("neighbours", 1)):
+            require_integer(name, getattr(self, name), least)
         if self.samples is not None and self.reference is None:
             raise ValueError("reference must be given with samples: what shall they be compared with?")
-        self.drawing(Path("samples"))  # checks the options that both have
 
     def drawing(self, out: Path) -> BulkConfig:
         """The options for `fastdiff.bulk.generate_many` to draw the samples as one npz file in the folder `out`."""
-        return BulkConfig(
-            out=out,
-            format="npz",
-            num=self.num,
-            checkpoint=self.checkpoint,
-            class_labels=self.class_labels,
-            seed=self.seed,
-            solver=self.solver,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            batch_size=self.batch_size,
-            device=self.device,
-            dtype=self.dtype,
-            compile=self.compile,
-        )
+        return BulkConfig(out=out, format="npz", num=self.num, **self.shared())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +59,8 @@ class EvalLikelihoodConfig:
 
     checkpoint: Path | None = None
     """A checkpoint, or the folder of a training run (its newest one); None takes the packaged digits model."""
+    weights: Weights = SamplingOptions.weights
+    """average: the moving average of the weights; trained: those of the last step, which an exported model lacks."""
     dataset: str | None = None
     """digits, mnist, cifar10 or folder:PATH, as in training; None takes the dataset of the checkpoint."""
     split: Split = "held_out"
@@ -113,20 +83,11 @@ class EvalLikelihoodConfig:
     """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
 
     def __post_init__(self) -> None:
-        _check_choice("split", self.split, get_args(Split))
-        _check_choice("variance", self.variance, get_args(Variance))
+        require_choice("split", self.split, get_args(Split))
+        require_choice("weights", self.weights, get_args(Weights))
+        require_choice("variance", self.variance, get_args(Variance))
         for name in ("num", "bins", "batch_size"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                require_integer(name, getattr(self, name), 1)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

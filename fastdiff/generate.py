@@ -23,6 +23,7 @@ from fastdiff.device import resolve_device
 from fastdiff.images import image_grid, save_png, to_uint8
 from fastdiff.sample_config import SampleConfig
 from fastdiff.sampler import Sampler
+from fastdiff.sampling_options import SamplingOptions
 
 DEFAULT_GUIDANCE_SCALE = 1.5
 # Samples smaller than this are enlarged in the picture.
@@ -61,8 +62,8 @@ def generate(config: SampleConfig, *, progress: bool = False) -> Generated:
     """
     device = resolve_device(config.device)
     directory = find_checkpoint(config.checkpoint)
-    loaded = load_model(directory, device=device)
-    draw = prepare(config, loaded, device)
+    loaded = load_model(directory, device=device, weights=config.weights)
+    draw = prepare(config, loaded, device, num=config.num, input=config.input)
     shape = draw.shape
     if config.out is not None and shape[0] not in (1, 3):
         raise ValueError(f"out must be None for samples of {shape[0]} channels, a PNG has 1 or 3: use save_npy")
@@ -112,22 +113,33 @@ class Draw:
         return {name: value[indices].to(device) for name, value in given.items() if value is not None}
 
 
-def prepare(config: SampleConfig, loaded: Checkpoint, device: torch.device, *, cuda_graph: bool | str = "auto") -> Draw:
-    """The sampler that the options ask for; ValueError naming the option that does not fit the model."""
+def prepare(
+    options: SamplingOptions,
+    loaded: Checkpoint,
+    device: torch.device,
+    *,
+    num: int,
+    input: tuple[Path, ...] | None = None,
+    cuda_graph: bool | str = "auto",
+) -> Draw:
+    """The sampler that the options ask for, and what it takes to draw `num` samples, or one for each image of `input`.
+
+    Raises ValueError naming the option that does not fit the model.
+    """
     model_config = loaded.model.config
-    labels = _labels(config, loaded)
-    guidance_scale = _guidance_scale(config, loaded)
-    condition = _condition(config, loaded)
+    labels = _labels(options, loaded, num)
+    guidance_scale = _guidance_scale(options, loaded)
+    condition = _condition(input, loaded)
     sampler = Sampler(
         loaded.model,
         loaded.schedule,
-        solver=config.solver,
-        num_inference_steps=config.num_inference_steps,
+        solver=options.solver,
+        num_inference_steps=options.num_inference_steps,
         prediction_type=loaded.prediction_type,
         guidance_scale=guidance_scale,
-        dtype=getattr(torch, config.dtype),
+        dtype=getattr(torch, options.dtype),
         device=device,
-        compile=config.compile,
+        compile=options.compile,
         cuda_graph=cuda_graph,
     )
     size = (model_config.sample_size, model_config.sample_size) if condition is None else tuple(condition.shape[2:])
@@ -158,23 +170,23 @@ def find_checkpoint(path: str | Path | None) -> Path:
     return latest_checkpoint(path) or path
 
 
-def _labels(config: SampleConfig, loaded: Checkpoint) -> Tensor | None:
+def _labels(options: SamplingOptions, loaded: Checkpoint, num: int) -> Tensor | None:
     num_classes = loaded.model.config.num_classes
     if num_classes is None:
-        if config.class_labels is not None:
-            raise ValueError(f"class_labels must be None for a model without classes, got {list(config.class_labels)}")
+        if options.class_labels is not None:
+            raise ValueError(f"class_labels must be None for a model without classes, got {list(options.class_labels)}")
         return None
-    classes = config.class_labels or range(num_classes)
+    classes = options.class_labels or range(num_classes)
     if outside := [label for label in classes if not 0 <= label < num_classes]:
         raise ValueError(f"class_labels must be in [0, {num_classes - 1}], got {outside[0]}")
-    return torch.tensor(classes)[torch.arange(config.num) % len(classes)]
+    return torch.tensor(classes)[torch.arange(num) % len(classes)]
 
 
-def _guidance_scale(config: SampleConfig, loaded: Checkpoint) -> float | None:
+def _guidance_scale(options: SamplingOptions, loaded: Checkpoint) -> float | None:
     """What the sampler gets; None where there is nothing to guide."""
     # The null class of a model that never lost a label in training means nothing.
     has_null_class = loaded.model.null_class is not None and loaded.config.get("label_dropout") != 0
-    scale = config.guidance_scale
+    scale = options.guidance_scale
     if scale is None:
         scale = DEFAULT_GUIDANCE_SCALE if has_null_class else 1.0
     if not math.isfinite(scale):
@@ -184,16 +196,16 @@ def _guidance_scale(config: SampleConfig, loaded: Checkpoint) -> float | None:
     return None if scale == 1 else scale
 
 
-def _condition(config: SampleConfig, loaded: Checkpoint) -> Tensor | None:
+def _condition(input: tuple[Path, ...] | None, loaded: Checkpoint) -> Tensor | None:
     """float32 [N, C, H, W] what a model of task superres is shown, None for another model."""
     channels = loaded.model.config.condition_channels
     if not channels:
-        if config.input is not None:
+        if input is not None:
             raise ValueError("input must be None for a model that was not trained with task superres")
         return None
-    if config.input is None:
+    if input is None:
         raise ValueError("input is needed, the images to enlarge: this model was trained with task superres")
-    images = superres.read_images(config.input, channels)
+    images = superres.read_images(input, channels)
     factor = loaded.config["superres_factor"]
     height, width = (factor * size for size in images.shape[2:])
     multiple = loaded.model.config.downsampling_factor

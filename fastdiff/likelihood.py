@@ -263,7 +263,7 @@ def evaluate_likelihood(config: EvalLikelihoodConfig, *, progress: bool = False)
     """Evaluate a checkpoint. Raises ValueError naming the option that does not fit it, and CheckpointError."""
     device = resolve_device(config.device)
     directory = find_checkpoint(config.checkpoint)
-    loaded = load_model(directory, device=device)
+    loaded = load_model(directory, device=device, weights=config.weights)
     dataset = _dataset(config, loaded).to(device)
     images, labels = dataset.images[: config.num], dataset.labels
     labels = None if labels is None or loaded.model.config.num_classes is None else labels[: config.num]

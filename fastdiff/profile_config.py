@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fastdiff.kernel_classes import CLASSES
-from fastdiff.sample_config import SampleConfig, SampleDtype
+from fastdiff.sampling_options import SamplingOptions, require_integer
 from fastdiff.train_config import TrainConfig
 from fastdiff.unet_config import PRESETS
 
@@ -31,51 +31,29 @@ FIGURES += "\n".join(f"  {name:<13}  {holds}" for name, holds in CLASSES.items()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileSampleConfig:
+class ProfileSampleConfig(SamplingOptions):
     """What to sample, from which model and how, and how often. Raises ValueError naming the field out of range."""
 
     out: Path = Path("profile")
     """Folder of the results: trace.json (or trace.json.gz) for Perfetto, profile.json, profile.md."""
-    checkpoint: Path | None = None
-    """A checkpoint, or the folder of a training run (its newest one); None takes the packaged digits model."""
     model: str | None = None
     """Instead of a checkpoint a U-Net preset with random weights: digits, cifar10 or imagenet64."""
     input: tuple[Path, ...] | None = None
     """Images of one size to enlarge, for a model of task superres; they are the batch."""
-    class_labels: tuple[int, ...] | None = None
-    """Classes to draw, repeated until there are enough; None takes all classes in turn."""
-    solver: str = "dpmpp_2m"
-    """How to walk from noise to image: ddim, dpmpp_2m, unipc, ... An unknown name lists all."""
-    num_inference_steps: int = 15
-    """Steps of the walk."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is none. None takes 1.5 for a model that was trained for it, else none."""
     batch_size: int = 64
     """Samples drawn at once."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
-    dtype: SampleDtype = "float32"
-    """What the model computes in: another one than float32 means autocast."""
-    compile: bool = False
-    """Run the model through torch.compile."""
     repeats: int = 3
     """Walks that are timed, and again as many that are profiled, after the warm-up."""
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        super().__post_init__()
+        require_integer("repeats", self.repeats, 1)
+        if self.input is not None and not self.input:
+            raise ValueError("input must name at least one image, got none")
         if self.model is not None and self.model not in PRESETS:
             raise ValueError(f"model must be None or one of {', '.join(PRESETS)}, got {self.model!r}")
         if self.model is not None and self.checkpoint is not None:
             raise ValueError(f"model must be None with a checkpoint, got {self.model!r}")
-        self.sampling()
-
-    def sampling(self) -> SampleConfig:
-        """The options of sampling."""
-        shared = {field.name for field in fields(self)} & {field.name for field in fields(SampleConfig)} - {"out"}
-        return SampleConfig(num=self.batch_size, **{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)

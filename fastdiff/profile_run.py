@@ -35,18 +35,23 @@ def profile_sampling(config: ProfileSampleConfig) -> Report:
     Raises ValueError naming the option that does not fit, CheckpointError for a checkpoint that is missing or damaged,
     and OSError where the folder cannot be written to.
     """
-    sampling, device = config.sampling(), resolve_device(config.device)
-    loaded = _untrained(config.model, device) if config.model else load_model(_directory(config), device=device)
-    draw = prepare(sampling, loaded, device)
+    device = resolve_device(config.device)
+    if config.model:
+        loaded = _untrained(config.model, device)
+    else:
+        loaded = load_model(_directory(config), device=device, weights=config.weights)
+    draw = prepare(config, loaded, device, num=config.batch_size, input=config.input)
     folder = _folder(config.out)
-    images = sampling.num if draw.condition is None else len(draw.condition)
+    images = config.batch_size if draw.condition is None else len(draw.condition)
     indices = torch.arange(images)
     on_device, model_kwargs = indices.to(device), draw.model_kwargs(indices, device)
 
     def walk(draw: Draw) -> None:
         draw.sampler.sample((images, *draw.shape), sample_indices=on_device, model_kwargs=model_kwargs)
 
-    eager = prepare(replace(sampling, compile=False), loaded, device, cuda_graph=False)
+    eager = prepare(
+        replace(config, compile=False), loaded, device, num=config.batch_size, input=config.input, cuda_graph=False
+    )
     flops = _flops(lambda: walk(eager))
     with _kernels_by_name(config.compile):
         profile = profile_calls(

@@ -104,8 +104,8 @@ def test_sigterm_ends_after_a_block_and_names_the_command_that_goes_on(whole, tm
     assert 0 < len(pictures) < 2000
     assert len(pictures) % 4 == 0
     assert not list(out.glob(".*"))
-    assert f"continue with: fastdiff generate --out {out} --num 2000 --num-inference-steps 2 --batch-size 4" in output
-    assert output.strip().endswith("--resume")
+    options = f"--num-inference-steps 2 --batch-size 4 --device cpu --out {out} --num 2000"
+    assert output.strip().endswith(f"continue with: fastdiff generate {options} --resume")
 
 
 def test_npz_is_one_array_as_fid_tools_read_it_and_the_same_bytes_after_an_interruption(tmp_path, monkeypatch):
@@ -202,4 +202,4 @@ def test_options_out_of_range(name, value):
 
 def test_command_names_what_differs_from_the_defaults(tmp_path):
     config = BulkConfig(out=tmp_path, num=7, class_labels=(1, 2), compile=True, resume=True)
-    assert config.command() == f"fastdiff generate --out {tmp_path} --num 7 --class-labels 1 2 --compile"
+    assert config.command() == f"fastdiff generate --class-labels 1 2 --compile --out {tmp_path} --num 7"
