@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
 Buffers = TypeVar("Buffers")
 MAX_ENTRIES = 8
@@ -47,6 +48,35 @@ def capture(
             _failed.append(graph)
             raise
     return graph.replay, graph.pool()
+
+
+class BakedIn:
+    """What a captured call of a model has baked in of it: where its weights lie, its modes, how many hooks it has.
+
+    The tree of modules is walked once, so that asking costs little: swapping a module goes unnoticed, replacing or
+    moving a weight does not. Of a callable that is no module nothing is known.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._slots = [
+            (tensors, name)
+            for module in self._modules
+            for tensors in (module._parameters, module._buffers)
+            for name in tensors
+        ]
+        self._hooks = [
+            hooks for module in self._modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+
+    def state(self) -> Hashable:
+        """Equal to that of an earlier call if and only if a graph captured then is still right."""
+        weights = [tensors[name] for tensors, name in self._slots]
+        return (
+            tuple((weight.data_ptr(), weight.dtype) for weight in weights if weight is not None),
+            tuple(map(len, self._hooks)),
+            tuple(module.training for module in self._modules),
+        )
 
 
 class StreamLock:

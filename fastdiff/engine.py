@@ -93,7 +93,8 @@ class Engine:
 
     A sample equals that of a `Sampler` with the same seed but for what another batch size changes in the last bits of
     the model. t is int64 for the model while all requests under way have whole timesteps, else float32. An engine is
-    for one thread. Captured calls read the weights where they were: change them in place, but move or replace none.
+    for one thread (`fastdiff.engine_thread` gives it one). Between two steps the weights of an nn.Module may be changed
+    or replaced, which captures its calls anew; swapping modules, or weights behind a function, needs a new engine.
 
     Raises ValueError, TypeError for arguments out of range.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compilation import compiled
-from fastdiff.cuda_graph import capture
+from fastdiff.cuda_graph import BakedIn, capture
 from fastdiff.kernels.layout import empty
 from fastdiff.model_arguments import with_tensors
 
@@ -25,7 +25,8 @@ class BucketedModel:
         shape: [C, *spatial] of one sample.
         dtype: of the model's input; autocast_dtype: None for no autocast.
         compile: as in `fastdiff.Sampler`.
-        captures: replay each size as a CUDA graph.
+        captures: replay each size as a CUDA graph; all are captured anew where the model's weights lie elsewhere than
+            before, its mode has changed or it has other hooks.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class BucketedModel:
         self.dtype, self.autocast_dtype = dtype, autocast_dtype
         self._model = compiled(model, compile, device) if compile else model
         self._captures = captures
+        self._baked_in = BakedIn(model)
+        self._state: Hashable = None
         self._calls: dict[Hashable, _Bucket] = {}
 
     def __call__(self, x: Tensor, t: Tensor, tensors: Mapping[str, Tensor], arguments: dict[str, Any]) -> Tensor:
@@ -52,6 +55,9 @@ class BucketedModel:
         arguments: the model's keyword arguments, with a `TensorAt` for each tensor. The next call may overwrite the
         output.
         """
+        if self._captures and (state := self._baked_in.state()) != self._state:
+            self._calls.clear()
+            self._state = state
         size = next(size for size in self.sizes if size >= len(x))
         bucket = self._calls.get((size, t.dtype))
         if bucket is None:
