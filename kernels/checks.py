@@ -42,6 +42,16 @@ def check_no_grad(**tensors: Tensor | None) -> None:
                 )
 
 
+def expanded(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """`value` broadcast to the shape of `like`; raises ValueError where that cannot be."""
+    try:
+        return value.expand_as(like)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} must be broadcastable to the shape {list(like.shape)} of x, got {list(value.shape)}"
+        ) from error
+
+
 def strides_match(value: Tensor, like: Tensor) -> bool:
     """True if two tensors of one shape step alike along every axis that has more than one element."""
     return value.numel() == 0 or all(

@@ -75,6 +75,8 @@ def check_arguments(
     if (history is not None or n_slots > 0) and (history is None or history.shape != (n_slots, *x.shape)):
         got = None if history is None else list(history.shape)
         raise ValueError(f"history must have the shape [K, *x.shape] = {[n_slots, *x.shape]} of this table, got {got}")
+    if history is not None:
+        check_tensor("history", history, history.shape, any_float, x.device)
     written = {"x": x, **{f"history[{k}]": history[k] for k in range(n_slots) if history is not None}}
     for name, value in outputs.items():
         if value is not None:
@@ -85,5 +87,5 @@ def check_arguments(
     for name, value in written.items():
         if not strides_match(value[:1], x[:1]):
             raise ValueError(f"{name} must be laid out as x, with strides {x.stride()}, got {value.stride()}")
-        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
+        if value.numel() and any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
             raise ValueError(f"{name} is written and must not be an expanded tensor, got strides {value.stride()}")

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.checks import check_no_grad
+from fastdiff.kernels.checks import check_no_grad, expanded
 from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceTable, check_arguments
 from fastdiff.kernels.dispatch import LAUNCH_OPTIONS, device_guard, tl, triton, use_triton
 from fastdiff.kernels.layout import MAX_ELEMENTS, in_lane_order, is_channels_last, merge_strides, sample_extent
@@ -481,7 +481,7 @@ def p_sample_(
     if noise is not None and seed is not None:
         raise ValueError("noise and seed must not both be given: exactly one source of noise is used")
     if mask is not None and known is not None:
-        mask, known = mask.expand_as(x), known.expand_as(x)
+        mask, known = expanded("mask", mask, x), expanded("known", known, x)
     inputs = {"noise": noise, "grad": grad, "mask": mask, "known": known}
     scales = {"threshold": threshold, "rescale": rescale}
     outputs = {"model_input_out": model_input_out, "x0_out": x0_out}

@@ -296,8 +296,8 @@ def _run(
             x,
             model,
             variance,
-            floats,
-            row,
+            floats.contiguous(),
+            row.reshape(-1).contiguous(),
             *past,
             *[None] * (MAX_HISTORY - len(past)),
             z,
@@ -414,6 +414,10 @@ def _unobserved() -> bool:
     return not (_modes() or _transform() is not None or torch.autograd._profiler_enabled())
 
 
+def _fits(value: Tensor, shape: torch.Size, device: torch.device) -> bool:
+    return value.shape == shape and value.device == device and value.is_floating_point()
+
+
 def _check(
     sample: Tensor,
     model_output: Tensor | None,
@@ -439,13 +443,14 @@ def _check(
         raise ValueError(
             f"history must hold at most {min(n_values, MAX_HISTORY)} values for this table, got {len(history)}"
         )
-    if model_output is not None and not (model_output.shape == shape and model_output.device == device):
+    # what fits is seen at once: a façade's step takes some 50 microseconds
+    if model_output is not None and not _fits(model_output, shape, device):
         doubled = (shape[0], 2 * shape[1], *shape[2:]) if len(shape) > 1 else shape
         check_tensor("model_output", model_output, doubled, _FLOATS, device)
-    if noise is not None and not (noise.shape == shape and noise.device == device):
+    if noise is not None and not _fits(noise, shape, device):
         check_tensor("noise", noise, shape, _FLOATS, device)
     for age, value in enumerate(history):
-        if not (value.shape == shape and value.device == device):
+        if not _fits(value, shape, device):
             check_tensor(f"history[{age}]", value, shape, _FLOATS, device)
     if threshold is not None:
         check_tensor("threshold", threshold, (shape[0],), _FLOATS, device)

@@ -18,6 +18,8 @@ import torch
 # before anything imports Triton: without a GPU the kernels run in its interpreter
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# solver steps compiled by Inductor take seconds for each kind of arguments; trials of those switch it on
+os.environ.setdefault("FASTDIFF_COMPILE_STEP", "0")
 
 from benchmarks.store import device_name
 from fastdiff.environment import environment

@@ -223,6 +223,7 @@ ROW = torch.zeros(12)
 BAD = {
     "x": ({"x": torch.zeros(12)}, TypeError, r"x must be a tensor \[B, C, \*spatial\], got shape \[12\]"),
     "dtype": ({"x": torch.zeros(2, 12, 4, 4).int()}, ValueError, "x must be .* got int32"),
+    "nothing": ({"x": torch.zeros(2, 12, 0, 4)}, ValueError, r"x must have at least one element .* \[2, 12, 0, 4\]"),
     "groups": ({"num_groups": 5}, ValueError, "num_groups must divide the 12 channels of x, got 5"),
     "no groups": ({"num_groups": 0}, ValueError, "num_groups must divide .* got 0"),
     "eps": ({"eps": -1.0}, ValueError, "eps must be a finite number >= 0, got -1.0"),

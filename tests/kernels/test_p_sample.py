@@ -455,6 +455,16 @@ BAD_ARGUMENTS = {
         ValueError,
         "strides of model_output",
     ),
+    "history complex": (
+        lambda a: {"history": a["history"].to(torch.complex64)},
+        ValueError,
+        "history must .* complex64",
+    ),
+    "mask of another size": (
+        lambda a: {"mask": a["x"][..., :2], "known": a["x"].clone()},
+        ValueError,
+        "mask must be broadcastable to the shape",
+    ),
     "history missing": (lambda a: {"history": None}, ValueError, "history must"),
     "history of too few slots": (lambda a: {"history": a["history"][:1]}, ValueError, "history must"),
     "history laid out otherwise": (lambda a: {"history": a["history"].contiguous()}, ValueError, "laid out as x"),

@@ -184,6 +184,28 @@ def test_a_row_out_of_range_makes_its_sample_nan_and_no_other(outside, device):
     assert alone.isnan().all()
 
 
+@pytest.mark.parametrize("spread", ["every other", "one for all", "columns first"])
+def test_rows_and_tables_of_any_strides(spread, device):
+    floats, row = table(4, 0).to(device), torch.tensor([3, 0, 2], device=device)
+    sample, output = random(*SHAPE, seed=1).to(device), random(*SHAPE, seed=2).to(device)
+    if spread == "one for all":
+        row = row[:1].expand(3)
+    (expected,) = solver_step(sample, output, floats, row.clone())
+    if spread == "every other":
+        row = row.repeat_interleave(2)[::2]
+    if spread == "columns first":
+        floats = floats.t().contiguous().t()
+    (actual,) = solver_step(sample, output, floats, row)
+    assert torch.equal(actual, expected)
+
+
+def test_complex_values_are_refused(device):
+    sample, floats, row = random(*SHAPE, seed=1).to(device), table(1, 1).to(device), torch.tensor([0], device=device)
+    for changed in ({"model_output": sample.to(torch.complex64)}, {"history": [sample.to(torch.complex64)]}):
+        with pytest.raises(ValueError, match=r"(model_output|history\[0\]) must be a tensor .* got complex64"):
+            solver_step(**{"sample": sample, "model_output": sample, "floats": floats, "row": row, **changed})
+
+
 def test_gradients_flow_through_the_reference(device):
     floats, row = table(2, 1).to(device), torch.tensor([1], device=device)
     sample, output, past = (random(*SHAPE, seed=seed).to(device).requires_grad_() for seed in range(3))
