@@ -7,14 +7,15 @@ are the same bytes for any number of processes and after any interruption.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
-import os
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from fastdiff.bulk_config import BulkConfig
 from fastdiff.checkpoint import MANIFEST, load_model
 from fastdiff.device import resolve_device
+from fastdiff.durable_files import alone_in, is_leftover, write_files
 from fastdiff.generate import Draw, find_checkpoint, prepare
 from fastdiff.images import save_png, to_uint8
 from fastdiff.interruption import Interruption
@@ -56,9 +58,9 @@ def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
 
     Raises ValueError for options that do not fit the model or the folder, CheckpointError for a checkpoint that is
     missing or damaged, OSError where a file cannot be written, FloatingPointError for samples that are not finite. What
-    was written before an error is whole and stays.
+    was written before an error is whole and stays. Only one run at a time may write to a folder.
     """
-    with Processes.of_environment() as processes:
+    with Processes.of_environment() as processes, contextlib.ExitStack() as held:
         device = resolve_device(processes.device_name(config.device))
         directory = find_checkpoint(config.checkpoint)
         loaded = load_model(directory, device=device, weights=config.weights)
@@ -68,7 +70,7 @@ def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
         if draw.shape[0] not in (1, 3) and config.format == "png":
             raise ValueError(f"format must be npz for samples of {draw.shape[0]} channels, a PNG has 1 or 3")
         wanted = _settings(config, draw, directory, device)
-        processes.first_does(lambda: _prepare_folder(config, wanted))
+        processes.first_does(lambda: _take_folder(config, wanted, held))
         _compare(config.out, wanted)  # in every process: a checkpoint may have been written since the first one looked
         blocks = _Blocks(config, draw)
         mine = [block for block in range(processes.rank, blocks.count, processes.size) if not blocks.is_done(block)]
@@ -125,20 +127,25 @@ def _settings(config: BulkConfig, draw: Draw, checkpoint: Path, device: torch.de
     }
 
 
-def _prepare_folder(config: BulkConfig, wanted: dict[str, Any]) -> None:
-    """Make the folder and write down what is in it; or find that it holds a part of the same samples."""
+def _take_folder(config: BulkConfig, wanted: dict[str, Any], held: contextlib.ExitStack) -> None:
+    """Make the folder, lock it, and write down what is in it; or find that it holds a part of the same samples."""
+    refusal = f"out {config.out} must be an empty folder, or one with samples of the same options to resume"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(refusal) from error
+    held.enter_context(alone_in(config.out))
     path = config.out / SETTINGS
     if path.exists():
         if not config.resume:
             raise ValueError(f"out {config.out} holds samples already: resume them or choose another folder")
         _compare(config.out, wanted)
-    elif config.out.exists() and not (config.out.is_dir() and all(map(_is_leftover, config.out.iterdir()))):
-        raise ValueError(f"out {config.out} must be an empty folder, or one with samples of the same options to resume")
-    config.out.mkdir(parents=True, exist_ok=True)
-    for leftover in filter(_is_leftover, config.out.iterdir()):
+    elif not all(map(is_leftover, config.out.iterdir())):
+        raise ValueError(refusal)
+    for leftover in config.out.glob(".*.tmp"):
         leftover.unlink()
     if not path.exists():
-        _write(path, json.dumps(wanted, indent=2).encode())
+        write_files({path: lambda file: file.write(json.dumps(wanted, indent=2).encode())})
 
 
 def _compare(folder: Path, wanted: dict[str, Any]) -> None:
@@ -151,11 +158,6 @@ def _compare(folder: Path, wanted: dict[str, Any]) -> None:
         if found.get(name) != value:
             before = found.get(name)
             raise ValueError(f"{name} must be {before!r} as in the samples that {folder} holds, got {value!r}")
-
-
-def _is_leftover(path: Path) -> bool:
-    """Of a process that was killed while it wrote."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 class _Blocks:
@@ -191,59 +193,33 @@ class _Blocks:
         return self.joined.exists() or all(path.exists() and path.stat().st_size for path in self.files(block))
 
     def write(self, block: int, images: Tensor) -> None:
-        """Write uint8 [>= size, C, H, W]."""
+        """Write uint8 [>= size, C, H, W]: all of the block's files, or none."""
         kept = images[: self.size(block)]
         if self.config.format == "npz":
             array = kept.permute(0, 2, 3, 1).contiguous().numpy()
-            _write(self.files(block)[0], array)
-            return
-        for path, image in zip(self.files(block), kept):
-            _write(path, image)
+            write_files({self.files(block)[0]: lambda file: np.save(file, array)})
+        else:
+            write_files(
+                {path: functools.partial(save_png, image) for path, image in zip(self.files(block), kept)},
+            )
 
     def join(self) -> None:
         """All blocks as `arr_0` of one npz file, which takes their place."""
         if not self.joined.exists():
-            temporary = _temporary(self.joined)
-            try:
-                self._write_npz(temporary)
-                os.replace(temporary, self.joined)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise OSError(f"cannot write {self.joined}: {error.strerror or error}") from error
+            write_files({self.joined: self._write_npz})
         for path in self.config.out.glob("block-*.npy"):
             path.unlink()
 
-    def _write_npz(self, path: Path) -> None:
+    def _write_npz(self, target: IO[bytes]) -> None:
         channels, height, width = self.shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.config.num, height, width, channels)}
         # a fixed date: the same samples are the same bytes
         entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
         with (
-            zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive,
+            zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive,
             archive.open(entry, "w", force_zip64=True) as file,
         ):
             np.lib.format.write_array_header_1_0(file, header)
             for block in range(self.count):
                 for part in self.files(block):
                     file.write(np.load(part).tobytes())
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _write(path: Path, content: bytes | np.ndarray | Tensor) -> None:
-    """Write a file that is there as a whole or not at all."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            elif isinstance(content, np.ndarray):
-                np.save(file, content)
-            else:
-                save_png(content, file)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error

@@ -99,6 +99,7 @@ def _train(command: Train) -> int:
 
 def _generate(command: Generate) -> int:
     from fastdiff.bulk import generate_many
+    from fastdiff.processes import launch_command
 
     config = BulkConfig(**{field.name: getattr(command, field.name) for field in fields(BulkConfig)})
     done = generate_many(config, progress=sys.stderr.isatty() and not command.json)
@@ -113,7 +114,7 @@ def _generate(command: Generate) -> int:
     elif done.completed:
         print(f"{done.drawn} samples in {done.seconds:.1f} s by this process; {config.num} are in {done.out}")
     else:
-        print(f"stopped; continue with: {config.command()} --resume")
+        print(f"stopped; continue with: {launch_command(config.command())} --resume")
     return 0 if done.completed else INTERRUPTED
 
 

@@ -1,8 +1,11 @@
 """Bulk sampling: every index exactly once and the same bytes, whatever is killed and however many processes draw."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,19 +69,20 @@ def test_files_are_the_samples_of_their_indices(whole, tmp_path):
 
 
 def test_killed_run_goes_on_with_two_processes_to_the_same_bytes(whole, tmp_path, monkeypatch):
-    out, written = tmp_path / "out", 0
-    write = bulk._write
+    out, renamed = tmp_path / "out", 0
+    replace = os.replace
 
-    def dies(path, content):
-        nonlocal written
-        written += 1
-        if written == 8:  # within the second block
+    def dies(source, target):
+        nonlocal renamed
+        renamed += 1
+        if renamed == 8:  # after the settings, within the second block
             raise KeyboardInterrupt
-        write(path, content)
+        replace(source, target)
 
-    monkeypatch.setattr(bulk, "_write", dies)
+    monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
         generate_many(BulkConfig(out=out, **OPTIONS))
+    monkeypatch.undo()
     (out / ".000007.png.1.tmp").write_bytes(b"half a picture")
     before = contents(out)
     assert 0 < len(before) < len(whole)
@@ -116,8 +120,8 @@ def test_npz_is_one_array_as_fid_tools_read_it_and_the_same_bytes_after_an_inter
     assert (array.shape, array.dtype) == ((18, 8, 8, 1), np.uint8)
     assert sorted(path.name for path in config.out.iterdir()) == ["generation.json", result.out.name]
     again = tmp_path / "again"
-    monkeypatch.setattr(bulk._Blocks, "join", lambda self: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(bulk._Blocks, "join", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         generate_many(BulkConfig(out=again, format="npz", class_labels=(3, 1), **OPTIONS))
     monkeypatch.undo()
     resumed = generate_many(BulkConfig(out=again, format="npz", class_labels=(3, 1), resume=True, **OPTIONS))
@@ -147,23 +151,75 @@ def test_other_options_do_not_mix_with_the_samples_that_are_there(tmp_path):
     assert contents(tmp_path / "out") == before
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, capsys):
-    saved = 0
+@pytest.mark.parametrize("failing", ["write", "flush"])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, failing, tmp_path, monkeypatch, capsys):
+    """A disk says that it is full when a file is written, or only when it is flushed."""
+    # the settings, the first block, two pictures of the second; of flushes the folder's too
+    calls, allowed = itertools.count(), {"write": 6, "flush": 9}[failing]
+    module, name = {"write": (bulk, "save_png"), "flush": (os, "fsync")}[failing]
+    real = getattr(module, name)
 
-    def save(picture, file, **_):
-        nonlocal saved
-        saved += 1
-        if saved > 5:
-            raise OSError(28, "No space left on device")
-        file.write(b"picture")
+    def full(*arguments, **options):
+        if next(calls) >= allowed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments, **options)
 
-    monkeypatch.setattr(bulk, "save_png", save)
+    monkeypatch.setattr(module, name, full)
     out = tmp_path / "out"
     assert main(["generate", *WORDS, "--out", str(out)]) == 1
+    monkeypatch.undo()
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"cannot write {out}/000005.png: No space left on device" in error
-    assert sorted(path.name for path in out.iterdir()) == [*(f"{i:06}.png" for i in range(5)), "generation.json"]
+    assert f"cannot write {out}/000006.png: No space left on device" in error
+    # of the second block nothing counts
+    assert sorted(path.name for path in out.iterdir()) == [*(f"{i:06}.png" for i in range(4)), "generation.json"]
+    assert generate_many(BulkConfig(out=out, resume=True, **OPTIONS)).drawn == 14
+    assert contents(out) == whole
+
+
+def test_a_limit_on_the_size_of_files_stops_the_joined_array_and_it_is_joined_later(tmp_path):
+    """For real, by the operating system: a block has 384 bytes, all samples together have more than 1,200."""
+    out = tmp_path / "out"
+    script = "import resource, sys; from fastdiff.cli import main\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+    script += "sys.exit(main(sys.argv[1:]))"
+    words = ["generate", *WORDS, "--format", "npz", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    joined = out / "samples_18x8x8x1.npz"
+    assert (done.returncode, done.stderr) == (1, f"fastdiff generate: error: cannot write {joined}: File too large\n")
+    assert sorted(path.suffix for path in out.iterdir()) == [".json", *[".npy"] * 5]
+    assert generate_many(BulkConfig(out=out, format="npz", resume=True, **OPTIONS)).drawn == 0
+    assert len(np.load(joined)["arr_0"]) == 18
+
+
+def test_a_second_run_is_refused_while_the_first_one_lives_and_no_longer(tmp_path):
+    out = tmp_path / "out"
+    running = launch(out, "--num", "2000")
+    deadline = time.monotonic() + 120
+    while not (out / "000000.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    options = {**OPTIONS, "num": 2000}
+    with pytest.raises(ValueError, match=rf"out .* is being written by process {running.pid} on "):
+        generate_many(BulkConfig(out=out, resume=True, **options))
+    running.kill()
+    running.communicate()
+    assert (out / ".lock").exists()
+    # it gets as far as the settings
+    with pytest.raises(ValueError, match="seed must be 0 as in the samples"):
+        generate_many(BulkConfig(out=out, resume=True, **{**options, "seed": 1}))
+    assert not (out / ".lock").exists()
+
+
+def test_progress_tells_how_long_it_will_take(tmp_path, capsys):
+    generate_many(BulkConfig(out=tmp_path / "out", **OPTIONS), progress=True)
+    # done, of all, since when, for how long still
+    assert re.search(r"18/18 \[\d\d:\d\d<\d\d:\d\d, .* images/s\]", capsys.readouterr().err)
 
 
 def test_leftovers_of_a_kill_and_empty_files_are_drawn_anew(whole, tmp_path):
