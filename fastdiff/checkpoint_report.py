@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint import CONFIG, MODEL, STATE, CheckpointError, checkpoints, load_config, verify
+from fastdiff.checkpoint import CONFIG, MANIFEST, MODEL, STATE, CheckpointError, checkpoints, load_config, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,11 @@ def verify_all(directory: str | Path) -> list[CheckpointReport]:
     found = [path for _, path in checkpoints(directory)]
     if not found:
         if not directory.is_dir():
-            raise CheckpointError(f"checkpoint {directory} does not exist")
-        if not (directory / CONFIG).exists() and not (directory / MODEL).exists():
+            raise CheckpointError(
+                f"checkpoint {directory} {'is no folder' if directory.exists() else 'does not exist'}"
+            )
+        ours = (directory / MANIFEST).exists() or ((directory / CONFIG).exists() and (directory / MODEL).exists())
+        if not ours:
             raise CheckpointError(f"{directory} is no checkpoint and holds none")
         found = [directory]
     reports = []

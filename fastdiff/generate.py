@@ -255,6 +255,8 @@ def _replacing(path: str | Path) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
             # mkstemp keeps the file to its owner; a picture gets the usual permissions
             mask = os.umask(0)
             os.umask(mask)

@@ -129,6 +129,20 @@ def test_what_is_no_checkpoint_is_one_sentence(command, tmp_path, capsys):
         assert str(place) in error
 
 
+def test_verify_tells_folders_and_files_of_others_from_damaged_checkpoints(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    # a model of diffusers
+    (other / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    assert main(["checkpoint", "verify", str(other)]) == 1
+    assert f"{other} is no checkpoint and holds none" in capsys.readouterr().err
+    assert main(["checkpoint", "verify", str(other / "config.json")]) == 1
+    assert "config.json is no folder" in capsys.readouterr().err
+    (run / "step-40" / "config.json").unlink()
+    (run / "step-40" / "model.safetensors").unlink()
+    assert "config.json is missing" in str(verify_all(run / "step-40")[0].damage)
+
+
 def test_inspect_of_a_damaged_checkpoint_is_refused(run, capsys):
     damage(run / "step-40")
     assert main(["checkpoint", "inspect", str(run / "step-40")]) == 1
