@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fastdiff.durable_files import flush
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -100,11 +101,11 @@ def save_checkpoint(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _flush_directory(temporary)
+        flush(temporary)
         if directory.exists():
             directory.rename(replaced)
         temporary.rename(directory)
-        _flush_directory(directory.parent)
+        flush(directory.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -288,11 +289,3 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     # safetensors stores contiguous tensors only: channels-last weights are written in their logical order.
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
