@@ -45,7 +45,7 @@ class Alone:
 
 
 class Replicas(Alone):
-    """A copy of the network in every process, that DDP keeps alike."""
+    """A copy of the network in every process; DDP keeps them alike. A U-Net has no buffers."""
 
     network: DistributedDataParallel
 
@@ -55,7 +55,6 @@ class Replicas(Alone):
         self.network = DistributedDataParallel(
             model,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 
@@ -88,6 +87,8 @@ class Shards(Alone):
             units: list[nn.Module] = [*each.down_blocks, *each.up_blocks, each]
             for unit in units:
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for conv in (model.conv_in, model.conv_out):
+            _use_channels_last(conv)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -95,6 +96,20 @@ class Shards(Alone):
     def adding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]  # fully_shard gives it this method
         return contextlib.nullcontext()
+
+
+def _use_channels_last(conv: nn.Conv2d) -> None:
+    """Let a conv of few channels compute with a channels-last copy of its weight.
+
+    The layout of such a weight decides that of the output, and how PyTorch sums its gradient. For convs of many
+    channels the layout of x decides, and a copy of the weight would be kept for the backward pass.
+    """
+    forward = conv._conv_forward
+
+    def channels_last_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return forward(x, weight.clone(memory_format=torch.channels_last), bias)
+
+    conv._conv_forward = channels_last_forward  # type: ignore[method-assign]
 
 
 def share(model: UNet, averages: UNet, dtype: torch.dtype, processes: Processes, *, fsdp: bool) -> Alone:
