@@ -15,18 +15,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff import noise as noise_contract
 from fastdiff.compilation import COMPILE_CHOICES
 from fastdiff.device import existing_device
 from fastdiff.engine_model import BucketedModel
-from fastdiff.engine_request import Packed, Request, RequestTables
-from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceTable
-from fastdiff.kernels.layout import empty
+from fastdiff.engine_places import Places
+from fastdiff.engine_request import JoinedTables, Packed, Request, RequestTables
 from fastdiff.kernels.p_sample import p_sample_
-from fastdiff.model_arguments import is_plain, model_inputs, without_tensors
+from fastdiff.model_arguments import model_inputs, without_tensors
 from fastdiff.prediction import PredictionType
 from fastdiff.schedule import NoiseSchedule
 
@@ -57,12 +54,12 @@ class _Running:
 
     @property
     def evaluates(self) -> bool:
-        return bool(self.packed.table.ev[self.row])
+        return self.packed.evaluates[self.row]
 
     @property
     def guided(self) -> bool:
         """At this row."""
-        return self.evaluates and float(self.packed.table.columns["g"][self.row]) != 1.0
+        return self.packed.guided[self.row]
 
 
 def _outside_inference_mode(method: Method) -> Method:
@@ -149,19 +146,12 @@ class Engine:
             compile=compile,
             captures=self.device.type == "cuda" if cuda_graph == "auto" else bool(cuda_graph),
         )
-        self._x = empty((self.capacity, *self.shape), torch.float32, self.device, channels_last=True)
-        self._model_input = empty((self.capacity, *self.shape), own, self.device, channels_last=True)
-        self._history = self._allocate_history(0)
-        self._seeds, self._sample_indices = torch.zeros(2, self.capacity, dtype=torch.int64, device=self.device)
-        self._cond: dict[str, Tensor] = {}
-        self._uncond: dict[str, Tensor] = {}
-        self._arguments: dict[str, Any] | None = None
+        self._places = Places(self.capacity, self.shape, own, self.device)
         self._numbers = itertools.count()
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._tables = RequestTables(schedule, prediction_type, self.device)
-        # of the requests under way: all their tables one after the other, and where each begins
-        self._joined: tuple[DeviceTable, dict[int, int]] | None = None
+        self._joined: JoinedTables | None = None
 
     @property
     def busy(self) -> bool:
@@ -206,7 +196,7 @@ class Engine:
         entry = _Running(next(self._numbers), request, packed, cond, uncond)
         if entry.places > self.capacity:
             raise ValueError(f"a guided request takes 2 places, batch_sizes end at {self.capacity}")
-        self._check_arguments(without_tensors(request.model_kwargs), cond)
+        self._places.accept(without_tensors(request.model_kwargs), cond)
         self._waiting.append(entry)
         return entry.id
 
@@ -225,14 +215,15 @@ class Engine:
     @_outside_inference_mode
     def step(self) -> list[Finished]:
         """Admit what waits, call the model once for all that are under way, and return what is finished."""
-        while self._waiting and self._places() + self._waiting[0].places <= self.capacity:
+        while self._waiting and self._taken() + self._waiting[0].places <= self.capacity:
             self._enter(self._waiting.popleft())
         self._run_rows_without_model()
         finished = self._finished()  # a table may never evaluate the model
         if not self._running:
             return finished
-        output, uncond = self._evaluate()
-        self._run_rows(slice(0, len(self._running)), output, uncond)
+        rows = self._rows(self._running)
+        output, uncond = self._evaluate(rows)
+        self._run_rows(slice(0, len(self._running)), rows, output, uncond)
         self._run_rows_without_model()
         return finished + self._finished()
 
@@ -258,45 +249,12 @@ class Engine:
             done.update(self.step())
         return [done[id] for id in ids]
 
-    def _check_arguments(self, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """The first request decides what the model is called with."""
-        for path, value in tensors.items():
-            if value.ndim == 0 or value.shape[0] != 1:
-                raise ValueError(f"model_kwargs must hold {path} of shape [1, ...], got {list(value.shape)}")
-        if not is_plain(arguments):
-            raise ValueError(f"model_kwargs must hold tensors and plain values, got {arguments!r}")
-        if self._arguments is None:
-            self._arguments = arguments
-            for path, value in tensors.items():
-                self._cond[path] = value.new_zeros((self.capacity, *value.shape[1:]))
-                self._uncond[path] = torch.zeros_like(self._cond[path])
-        expected = {path: (value.dtype, (1, *value.shape[1:])) for path, value in self._cond.items()}
-        got = {path: (value.dtype, tuple(value.shape)) for path, value in tensors.items()}
-        if arguments != self._arguments or got != expected:
-            raise ValueError(
-                f"model_kwargs must be like those of the first request, {self._arguments} with {expected}, "
-                f"got {arguments} with {got}"
-            )
-
-    def _places(self) -> int:
+    def _taken(self) -> int:
         return sum(entry.places for entry in self._running)
 
     def _enter(self, entry: _Running) -> None:
-        """Write the request's start into the first free place."""
-        place, table, request = len(self._running), entry.packed.table, entry.request
-        self._seeds[place] = request.seed
-        self._sample_indices[place] = request.sample_index
-        start = noise_contract.normal(
-            (1, *self.shape),
-            seed=self._seeds[place : place + 1],
-            sample_indices=self._sample_indices[place : place + 1],
-            stream="initial",
-        )
-        torch.mul(start, table.init_noise_sigma, out=self._x[place : place + 1])
-        self._model_input[place : place + 1].copy_(self._x[place : place + 1] * float(table.columns["c_in"][0]))
-        for kept, given in ((self._cond, entry.cond), (self._uncond, entry.uncond)):
-            for path, value in given.items():
-                kept[path][place : place + 1].copy_(value)
+        """Give the request the first free place."""
+        self._places.start(len(self._running), entry.request, entry.packed.table, entry.cond, entry.uncond)
         self._running.append(entry)
         self._joined = None
 
@@ -304,9 +262,7 @@ class Engine:
         """Free a place: the last request moves there."""
         last = len(self._running) - 1
         if place != last:
-            states = [self._x, self._model_input, self._seeds, self._sample_indices, *self._history]
-            for value in (*states, *self._cond.values(), *self._uncond.values()):
-                value[place].copy_(value[last])
+            self._places.move(last, place)
             self._running[place] = self._running[last]
         self._running.pop()
         self._joined = None
@@ -316,27 +272,25 @@ class Engine:
         for place in reversed(range(len(self._running))):
             entry = self._running[place]
             if entry.row == len(entry.packed.table):
-                done.append(Finished(entry.id, self._x[place].clone()))
+                done.append(Finished(entry.id, self._places.x[place].clone()))
                 self._leave(place)
         return done[::-1]
 
-    def _evaluate(self) -> tuple[Tensor, Tensor | None]:
+    def _evaluate(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's output for all under way, and the unconditional one where any row is guided."""
-        count = len(self._running)
+        count, places = len(self._running), self._places
         guided = [place for place, entry in enumerate(self._running) if entry.guided]
-        whole = all(entry.packed.table.timesteps.dtype.kind == "i" for entry in self._running)
-        table, _ = self._table_of_all()
-        t = table.floats[:, FLOAT_COLUMNS.index("t")].index_select(0, self._rows(range(count)))
-        x, tensors = self._model_input[:count], {path: value[:count] for path, value in self._cond.items()}
+        t = self._tables_of_all().timesteps.index_select(0, rows)
+        x, tensors = places.model_input[:count], {path: value[:count] for path, value in places.cond.items()}
         if guided:
             index = self._upload(guided, torch.int64)
             x = torch.cat([x, x.index_select(0, index)])
             t = torch.cat([t, t.index_select(0, index)])
-            tensors = {path: torch.cat([v, self._uncond[path].index_select(0, index)]) for path, v in tensors.items()}
-        assert self._arguments is not None
-        output = self._call(x, t.long() if whole else t, tensors, self._arguments)
+            tensors = {path: torch.cat([v, places.uncond[path].index_select(0, index)]) for path, v in tensors.items()}
+        assert places.arguments is not None
+        output = self._call(x, t, tensors, places.arguments)
         channels = 2 * self.shape[0]
-        if any(entry.packed.table.columns["lv"].any() for entry in self._running) and output.shape[1] != channels:
+        if any(entry.packed.learns_variance for entry in self._running) and output.shape[1] != channels:
             raise ValueError(f"model must return {channels} channels for a learned variance, got {output.shape[1]}")
         if not guided:
             return output, None
@@ -355,52 +309,36 @@ class Engine:
             if not places:
                 return
             for place in places:
-                self._run_rows(slice(place, place + 1), None, None)
+                self._run_rows(slice(place, place + 1), self._rows([self._running[place]]), None, None)
 
-    def _run_rows(self, part: slice, output: Tensor | None, uncond: Tensor | None) -> None:
+    def _run_rows(self, part: slice, rows: Tensor, output: Tensor | None, uncond: Tensor | None) -> None:
         """Execute the row that each request of `part` is at."""
-        table, _ = self._table_of_all()
-        n_slots = table.floats.shape[1] - HISTORY_OFFSET
-        entries = self._running[part]
-        draws = any(entry.packed.table.draws_noise for entry in entries)
+        tables, places, entries = self._tables_of_all(), self._places, self._running[part]
+        draws = any(entry.packed.draws_noise for entry in entries)
         p_sample_(
-            self._x[part],
+            places.x[part],
             output,
-            table,
-            self._rows(range(part.start, part.stop)),
+            tables.rows,
+            rows,
             model_output_uncond=uncond,
-            history=self._history[:n_slots, part] if n_slots else None,
-            seed=self._seeds[part] if draws else None,
-            sample_indices=self._sample_indices[part] if draws else None,
-            model_input_out=self._model_input[part],
+            history=places.history[: tables.n_slots, part] if tables.n_slots else None,
+            seed=places.seeds[part] if draws else None,
+            sample_indices=places.sample_indices[part] if draws else None,
+            model_input_out=places.model_input[part],
         )
         for entry in entries:
             entry.row += 1
 
-    def _rows(self, places: Iterable[int]) -> Tensor:
+    def _rows(self, entries: Iterable[_Running]) -> Tensor:
         """int32: the rows that requests are at, in the table of all."""
-        _, offsets = self._table_of_all()
-        entries = [self._running[place] for place in places]
-        return self._upload([offsets[id(entry.packed)] + entry.row for entry in entries], torch.int32)
+        first = self._tables_of_all().first
+        return self._upload([first[id(entry.packed)] + entry.row for entry in entries], torch.int32)
 
-    def _table_of_all(self) -> tuple[DeviceTable, dict[int, int]]:
+    def _tables_of_all(self) -> JoinedTables:
         if self._joined is None:
-            tables = {id(entry.packed): entry.packed for entry in self._running}
-            width = max(packed.rows.floats.shape[1] for packed in tables.values())
-            floats = [F.pad(packed.rows.floats, (0, width - packed.rows.floats.shape[1])) for packed in tables.values()]
-            lengths = [len(packed.table) for packed in tables.values()]
-            joined = DeviceTable(torch.cat(floats), torch.cat([packed.rows.integers for packed in tables.values()]))
-            self._joined = joined, dict(zip(tables, itertools.accumulate(lengths[:-1], initial=0)))
-            if width - HISTORY_OFFSET > len(self._history):
-                history = self._allocate_history(width - HISTORY_OFFSET)
-                history[: len(self._history)].copy_(self._history)
-                self._history = history
+            self._joined = JoinedTables.of(entry.packed for entry in self._running)
+            self._places.need_slots(self._joined.n_slots)
         return self._joined
-
-    def _allocate_history(self, n_slots: int) -> Tensor:
-        """[K, capacity, C, *spatial], each slot laid out as the state."""
-        slots = empty((n_slots * self.capacity, *self.shape), torch.float32, self.device, channels_last=True)
-        return slots.unflatten(0, (n_slots, self.capacity))
 
     def _upload(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A small tensor on the device, without waiting for it."""

@@ -1,16 +1,19 @@
-"""What the engine is asked for, and the step table that each request walks."""
+"""What the engine is asked for, and the step tables that requests walk."""
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastdiff import solvers
-from fastdiff.kernels.device_table import DeviceTable
+from fastdiff.kernels.device_table import FLOAT_COLUMNS, HISTORY_OFFSET, DeviceTable
 from fastdiff.model_arguments import is_plain
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import StepTable
@@ -44,11 +47,64 @@ class Request:
     uncond_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Packed(NamedTuple):
-    """A table on the host and on the device."""
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A table on the host and on the device, and what every step asks of it.
+
+    evaluates, guided: of each row, whether it calls the model, and with both halves of guidance. whole: its timesteps
+    are integers.
+    """
 
     table: StepTable
     rows: DeviceTable
+    evaluates: tuple[bool, ...]
+    guided: tuple[bool, ...]
+    whole: bool
+    draws_noise: bool
+    learns_variance: bool
+
+    @classmethod
+    def of(cls, table: StepTable, device: torch.device) -> Packed:
+        """Pack `table` for `device`."""
+        return cls(
+            table=table,
+            rows=table.to(device),
+            evaluates=tuple(table.ev.tolist()),
+            guided=tuple((table.ev & (table.columns["g"] != 1.0)).tolist()),
+            whole=table.timesteps.dtype.kind == "i",
+            draws_noise=table.draws_noise,
+            learns_variance=bool(table.columns["lv"].any()),
+        )
+
+
+class JoinedTables(NamedTuple):
+    """The tables of all requests under way as one.
+
+    timesteps: [R], int64 if those of all tables are whole, else float32. first: the number of a table's first row, by
+    the id of its Packed.
+    """
+
+    rows: DeviceTable
+    timesteps: Tensor
+    first: dict[int, int]
+
+    @classmethod
+    def of(cls, tables: Iterable[Packed]) -> JoinedTables:
+        """One after the other, each once; history coefficients padded with zeros."""
+        kinds = {id(packed): packed for packed in tables}
+        width = max(packed.rows.floats.shape[1] for packed in kinds.values())
+        floats = torch.cat([F.pad(kind.rows.floats, (0, width - kind.rows.floats.shape[1])) for kind in kinds.values()])
+        integers = torch.cat([kind.rows.integers for kind in kinds.values()])
+        t = floats[:, FLOAT_COLUMNS.index("t")]
+        whole = all(kind.whole for kind in kinds.values())
+        lengths = [len(kind.table) for kind in kinds.values()]
+        first = dict(zip(kinds, itertools.accumulate(lengths[:-1], initial=0)))
+        return cls(DeviceTable(floats, integers), t.long() if whole else t.contiguous(), first)
+
+    @property
+    def n_slots(self) -> int:
+        """History slots that some table needs."""
+        return self.rows.floats.shape[1] - HISTORY_OFFSET
 
 
 class RequestTables:
@@ -74,7 +130,7 @@ class RequestTables:
         if isinstance(request.solver, StepTable):
             if steps is not None or request.solver_options:
                 raise ValueError("num_inference_steps and solver_options go with a solver's name, not with a StepTable")
-            packed = Packed(request.solver, request.solver.to(self.device))
+            packed = Packed.of(request.solver, self.device)
         elif steps is None:
             raise ValueError(f"num_inference_steps is needed with solver {request.solver!r}")
         else:
@@ -83,7 +139,7 @@ class RequestTables:
                 table = solvers.build(
                     request.solver, self.schedule, steps, prediction_type=self.prediction_type, **options
                 )
-                self._kept[key] = Packed(table, table.to(self.device))
+                self._kept[key] = Packed.of(table, self.device)
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_TABLES:
                 self._kept.popitem(last=False)
