@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff import upsampled_conv
 from fastdiff.kernels.dropout import dropout
 from fastdiff.kernels.group_norm import group_norm_silu
 
@@ -237,6 +238,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if upsampled_conv.pays(x) and _is_plain(self.conv) and upsampled_conv.computes(self.conv):
+            return upsampled_conv.upsampled_conv(x, self.conv.weight, self.conv.bias)
         return self.conv(resize(x, "up"))
 
 
@@ -251,16 +254,19 @@ def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def _left_bias(conv: nn.Module) -> Tensor | None:
-    """The bias that a conv leaves to the norm after it; None where the conv must be called as it is.
+    """The bias that a conv leaves to the norm after it; None where the conv must be called as it is."""
+    return conv.bias if _is_plain(conv) else None  # type: ignore[return-value]
 
-    That is where somebody watches it with hooks, has given it another forward, or has put another module in its place,
-    an adapter for one.
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether all there is to a conv are its weights.
+
+    Not where somebody watches it with hooks, has given it another forward, or has put another module in its place, an
+    adapter for one.
     """
     if type(conv) is not nn.Conv2d or "forward" in conv.__dict__:
-        return None
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
-        return None
-    return conv.bias
+        return False
+    return not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
 
 
 def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:

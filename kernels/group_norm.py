@@ -15,6 +15,7 @@ from fastdiff.kernels.dispatch import device_guard, tl, triton, use_triton
 from fastdiff.kernels.group_norm_backward import group_norm_silu_backward_op
 from fastdiff.kernels.group_norm_plan import MAX_GROUP, choose_plan, multiprocessors_of
 from fastdiff.kernels.group_norm_split import _group_norm_moments_kernel, _group_norm_normalise_kernel
+from fastdiff.kernels.group_norm_traced import compiles_to_loops, group_norm_silu_traced
 from fastdiff.kernels.group_tile import affine, load_row, silu_of, spread_groups, sum_groups
 from fastdiff.kernels.layout import channel_rows, empty, is_channels_last, sample_extent
 
@@ -243,9 +244,8 @@ def group_norm_silu(
     runs = use_triton(x) and x.dtype in FLOAT_DTYPES and x.shape[1] // num_groups <= MAX_GROUP
     if runs and is_channels_last(x):
         return _group_norm_silu_op(x, num_groups, weight, bias, eps, channel_bias, scale, shift, silu)[0]
-    return group_norm_silu_ref(
-        x, num_groups, weight, bias, eps, channel_bias=channel_bias, scale=scale, shift=shift, silu=silu
-    )
+    reference = group_norm_silu_traced if compiles_to_loops(x) else group_norm_silu_ref
+    return reference(x, num_groups, weight, bias, eps, channel_bias=channel_bias, scale=scale, shift=shift, silu=silu)
 
 
 def _check(
@@ -263,6 +263,8 @@ def _check(
         raise TypeError(f"x must be a tensor [B, C, *spatial], got {got}")
     check_tensor("x", x, x.shape, _DTYPES, x.device)
     batch, channels = x.shape[:2]
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x must have at least one element in each sample, got shape {list(x.shape)}")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
     if not 0 <= eps < math.inf:
