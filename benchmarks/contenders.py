@@ -175,7 +175,7 @@ class Engine(Contender):
 
     def forward(self, task: Task) -> Call:
         model = self._model(task)
-        network = compiled(model, self.mode, task.device) if self.compiling else model
+        network = compiled(model, self.mode) if self.compiling else model
         x = task.noise.to(self.numerics.dtype, memory_format=torch.channels_last)
         t = task.timesteps
         if not self.graph or task.device.type != "cuda":

@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastdiff.host_memory import keep_host_memory
 from fastdiff.model_arguments import tensors_of
 
 MODES = ("default", "max-autotune")
@@ -170,16 +171,52 @@ def _sharing_copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     return made[id(module)]
 
 
-def compiled(model: Callable[..., Any], choice: bool | str, device: torch.device) -> Callable[..., Any]:
-    """`model` compiled for inference on a device, as one of COMPILE_CHOICES but False says.
+class CompiledByDevice:
+    """Calls a model compiled for inference, once for each kind of device that its first argument lies on.
 
-    "max-autotune": with Inductor's and cuDNN's timing of candidates. "repeated_blocks": block by block.
+    A model may move between two calls, and a plain function does not say where it runs.
+    """
+
+    def __init__(self, model: Callable[..., Any], choice: bool | str) -> None:
+        self._model, self._choice = model, choice
+        self._compiled: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def compile_seconds(self) -> float:
+        """As of CompiledOrEager, on all devices."""
+        return sum(one.compile_seconds for one in self._compiled.values())
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kind = x.device.type
+        if kind not in self._compiled:
+            with self._lock:
+                if kind not in self._compiled:
+                    self._compiled[kind] = _compiled_for(kind, self._model, self._choice)
+        return self._compiled[kind](x, *args, **kwargs)
+
+
+def compiled(model: Callable[..., Any], choice: bool | str) -> CompiledByDevice:
+    """`model`, whose first argument is a tensor, compiled for inference as one of COMPILE_CHOICES but False says.
+
+    "max-autotune": with Inductor's and cuDNN's timing of candidates. "repeated_blocks": block by block. The first call
+    on a CPU makes the process keep its freed memory (`keep_host_memory`). Raises ValueError where the model has no
+    blocks that repeat.
     """
     if choice == "repeated_blocks":
         if not isinstance(model, nn.Module):
             raise ValueError(f'compile="repeated_blocks" needs an nn.Module, got {type(model).__name__}')
-        return BlockwiseCompiled(model, **compile_options(device))
+        repeated_blocks(model)
+    return CompiledByDevice(model, choice)
+
+
+def _compiled_for(kind: str, model: Callable[..., Any], choice: bool | str) -> Any:
+    if kind == "cpu":
+        keep_host_memory()
+    if choice == "repeated_blocks":
+        assert isinstance(model, nn.Module)
+        return BlockwiseCompiled(model, **compile_options(kind))
     if choice == "max-autotune":
-        whole = CompiledOrEager(model, **compile_options(device, mode="max-autotune"))
-        return CudnnBenchmarked(whole) if device.type == "cuda" else whole
-    return CompiledOrEager(model, **compile_options(device))
+        whole = CompiledOrEager(model, **compile_options(kind, mode="max-autotune"))
+        return CudnnBenchmarked(whole) if kind == "cuda" else whole
+    return CompiledOrEager(model, **compile_options(kind))

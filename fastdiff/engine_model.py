@@ -43,7 +43,7 @@ class BucketedModel:
     ) -> None:
         self.sizes, self.shape, self.device = tuple(sizes), shape, device
         self.dtype, self.autocast_dtype = dtype, autocast_dtype
-        self._model = compiled(model, compile, device) if compile else model
+        self._model = compiled(model, compile) if compile else model
         self._captures = captures
         self._baked_in = BakedIn(model)
         self._state: Hashable = None

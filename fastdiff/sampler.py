@@ -158,7 +158,7 @@ class Sampler:
         self.device = None if device is None else existing_device(device)
         self.cuda_graph = cuda_graph
         self.micro_batch_size = micro_batch_size
-        self._call_model = model if compile is False else compiled(model, compile, self._device(None, {}))
+        self._call_model = model if compile is False else compiled(model, compile)
         self._packed = functools.lru_cache(maxsize=MAX_TABLES)(PackedTable.of)
         self._graphs: GraphCache[Trajectory] = GraphCache()
         parameters = getattr(model, "parameters", None)

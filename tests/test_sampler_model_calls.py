@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiff import NoiseSchedule, Sampler, trajectory
 from fastdiff.compilation import BlockwiseCompiled, CompiledOrEager, compile_options, compiled, repeated_blocks
@@ -196,7 +197,18 @@ def test_repeated_blocks_of_a_model_that_names_none():
     with pytest.raises(ValueError, match=r'compile must be True or False for Conv2d, which has no "repeated_blocks"'):
         repeated_blocks(nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match=r'compile="repeated_blocks" needs an nn.Module, got function'):
-        compiled(lambda x, t: x, "repeated_blocks", torch.device("cpu"))
+        compiled(lambda x, t: x, "repeated_blocks")
+
+
+def test_options_are_those_of_the_device_that_is_called_on(eager_compile):
+    function = compiled(lambda x, t: x, "max-autotune")
+    assert function.compile_seconds == 0
+    function(torch.zeros(1), torch.zeros(1))
+    with FakeTensorMode():
+        for _ in range(2):
+            function(torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda"))
+    assert [options["options"].get("max_autotune", False) for _, options in eager_compile] == [False, True]
+    assert function.compile_seconds > 0
 
 
 def test_unknown_compile_names_what_is_accepted(unet):
