@@ -23,10 +23,13 @@ os.environ.setdefault("FASTDIFF_COMPILE_STEP", "0")
 
 from benchmarks.store import device_name
 from fastdiff.environment import environment
+from fastdiff.kernels import dispatch
 from soak import record
 from soak.trial import Outcome, Trial, run
 from soak.trials import TRIALS
 
+# the trial of the kernels sends its own calls there; all else runs the references, as a program does without a GPU
+dispatch.INTERPRET = False
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
