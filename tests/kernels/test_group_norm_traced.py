@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from group_norm_formula import assert_forward, make_inputs
+from group_norm_formula import assert_forward, assert_gradients, make_inputs
 
 from fastdiff.kernels import dispatch
 from fastdiff.kernels.group_norm import group_norm_silu
-from fastdiff.kernels.group_norm_traced import MIN_POSITIONS, group_norm_silu_traced
+from fastdiff.kernels.group_norm_traced import MIN_POSITIONS, MIN_POSITIONS_BACKWARD, group_norm_silu_traced
 from fastdiff.kernels.layout import is_channels_last
 
 CPU = torch.device("cpu")
@@ -31,6 +31,20 @@ def test_matches_the_formula(shape, num_groups, dtype, features):
     assert_forward(y, inputs)
 
 
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (3, 12, 31), (2, 12, 1, 1)], ids=str)
+@pytest.mark.parametrize("num_groups", [1, 3, 12])
+def test_gradients_match_the_formula(shape, num_groups, features):
+    inputs = make_inputs(shape, num_groups, CPU, **features).requiring_grad()
+    positional, keywords = inputs.arguments()
+    y = group_norm_silu_traced(*positional, **keywords)
+    dy = torch.randn_like(y)
+    wanted = inputs.tensors()
+    gradients = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy)))
+    assert is_channels_last(gradients["x"])
+    assert_gradients(gradients, inputs, dy)
+
+
 def test_an_infinite_sample_leaves_the_others_and_other_groups_alone():
     inputs = make_inputs((3, 12, 4, 4), 3, CPU)
     positional, keywords = inputs.arguments()
@@ -48,7 +62,8 @@ def test_an_infinite_sample_leaves_the_others_and_other_groups_alone():
     [
         (MIN_POSITIONS, False, torch.channels_last, True),
         (MIN_POSITIONS - 1, False, torch.channels_last, False),
-        (MIN_POSITIONS, True, torch.channels_last, False),
+        (MIN_POSITIONS_BACKWARD, True, torch.channels_last, True),
+        (MIN_POSITIONS_BACKWARD - 1, True, torch.channels_last, False),
         (MIN_POSITIONS, False, torch.contiguous_format, False),
     ],
 )
@@ -66,7 +81,7 @@ def test_seen_by_a_compiler_only_where_it_pays(positions, gradients, layout, see
     with torch.set_grad_enabled(gradients):
         y = function(x, 2, torch.ones(4), torch.zeros(4), 1e-5)
     (graph,) = graphs
-    assert any("group_norm" in str(node.target) for node in graph.graph.nodes) is not seen
+    assert any(node.target is torch.nn.functional.group_norm for node in graph.graph.nodes) is not seen
     expected = group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), 1e-5)
     # sums of about 2,000 squares of either way: at most 11 roundings in pairs and 2 of every element's
     torch.testing.assert_close(y, expected, rtol=0, atol=4 * 16 * 2**-24 * y.abs().max().item())
