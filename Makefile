@@ -1,6 +1,7 @@
 # make demo   samples digits with the packaged model
 # make bench  measures speed and writes its report to BENCH_OUT; again, and it goes on where it ended
 # make test   lint, types, and the whole test suite; TORCH=2.11.0 runs it on that version of torch
+# make soak   tries every promise of reliability as often as it says, half an hour; the table goes to benchmarks/results
 PYTHON ?= python3
 TORCH ?=
 VENV := .venv$(if $(TORCH),-torch$(TORCH))
@@ -10,16 +11,19 @@ DEMO_OUT ?= digits.png
 BENCH_OUT ?= bench-report
 # such as BENCH_FLAGS="--quick --device cpu"
 BENCH_FLAGS ?=
+# such as SOAK_FLAGS="--only nan" or SOAK_FLAGS=--missing
+SOAK_FLAGS ?=
 # Each worker takes whole files and one thread.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint types pytest clean
+.PHONY: help demo bench soak test lint types pytest clean
 
 help:
 	@echo "make demo    install into $(VENV) and sample digits with the packaged model"
 	@echo "make bench   measure speed into $(BENCH_OUT), minutes at a time: run it again until nothing is open"
+	@echo "make soak    kill, damage and starve it for half an hour; what was tried and survived goes to benchmarks/results"
 	@echo "make test    lint, types and all tests (TORCH=2.11.0 for the oldest supported torch)"
 	@echo "make clean   remove environments and caches"
 
@@ -48,6 +52,9 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks all --out $(BENCH_OUT) $(BENCH_FLAGS)
+
+soak: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m soak $(SOAK_FLAGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

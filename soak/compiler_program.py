@@ -1,4 +1,4 @@
-"""Something that compiles, with whatever compiler there is; prints its warnings and whether the result is the eager one.
+"""Something that compiles, with whatever compiler there is; prints its warnings, and whether it equals the eager one.
 
 Run in a process of its own: python -m soak.compiler_program sampler|step|training FOLDER
 """

@@ -58,7 +58,7 @@ def interrupt(out: Path, number: int, processes: int | None) -> None:
     finally:
         stop(running)
     require(running.returncode != 0, f"{name}: the exit status is 0")
-    told = re.search(r"stopped after step (\d+); continue with: (fastdiff train .* --resume)", output)
+    told = re.search(r"stopped after step (\d+); continue with: (.* train .* --resume)", output)
     require(told, f"{name}: no command that goes on in {output[-800:]!r}")
     saved = checkpoint.latest_checkpoint(out)
     require(saved == out / f"step-{told[1]}", f"{name}: the checkpoint is {saved}, after step {told[1]}")

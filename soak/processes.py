@@ -91,7 +91,7 @@ def world_size(folder: Path) -> Iterator[Attempt]:
         if (first_words, first) == (rest_words, rest):
             finish(out, *rest_words, processes=rest)
         else:
-            # the learning rate is the same: of a cosine over all 50 steps, of which 25 are done and the rest thrown away
+            # its learning rate must be that of 50 steps: all are done, and those after the 25th thrown away
             finish(out, *first_words, "--checkpoint-every", "25", processes=first)
             shutil.rmtree(out / f"step-{STEPS}")
             finish(out, *rest_words, "--checkpoint-every", "25", "--resume", processes=rest)

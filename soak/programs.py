@@ -32,7 +32,7 @@ def program(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@trial(promise="Threads and streams", tried="8 threads of 1,000 calls from a cold cache", short=1, full=5)
+@trial(promise="Threads and streams", tried="8 threads of 1,000 calls from a cold cache", short=1, full=3)
 def threads(folder: Path) -> Iterator[Attempt]:
     def attempt(number: int) -> None:
         caches = {name: str(folder / f"{name}-{number}") for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
