@@ -77,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         failed += not outcome.ok
         if options.attempt is None:
             record.add(results, trial, outcome)
+            # in the order of the promises, whatever was tried first
+            rows = results["rows"]
+            results["rows"] = {one.name: rows[one.name] for one in TRIALS if one.name in rows}
             record.save(results, path)
     return 1 if failed else 0
 

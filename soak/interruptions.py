@@ -78,6 +78,6 @@ def signal_alone(folder: Path) -> Iterator[Attempt]:
     yield lambda number: interrupt(folder / str(number), number, None)
 
 
-@trial(promise=SAVED, tried="signal to a run of two processes", short=1, full=20)
+@trial(promise=SAVED, tried="signal to a run of two processes", short=0, full=20)
 def signal_torchrun(folder: Path) -> Iterator[Attempt]:
     yield lambda number: interrupt(folder / str(number), number, 2)

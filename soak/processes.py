@@ -39,7 +39,7 @@ def workers(launcher: int) -> list[int]:
     return [int(child) for child in children if b"fastdiff" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-@trial(promise=LOST, tried="SIGKILL of one of two processes", short=1, full=10)
+@trial(promise=LOST, tried="SIGKILL of one of two processes", short=0, full=10)
 def lost_rank(folder: Path) -> Iterator[Attempt]:
     words = ("--checkpoint-every", "10")
     finish(folder / "whole", *words, processes=2)
@@ -78,7 +78,7 @@ WALKS: tuple[tuple[tuple[str, ...], int | None, tuple[str, ...], int | None], ..
 )
 
 
-@trial(promise=WORLD, tried="50 steps on 2 processes, or on 1 and 2", short=1, full=len(WALKS))
+@trial(promise=WORLD, tried="50 steps on 2 processes, or on 1 and 2", short=0, full=len(WALKS))
 def world_size(folder: Path) -> Iterator[Attempt]:
     """DDP and FSDP2, the U-Net's dropout on; every loss and the weights, against one process alone."""
     finish(folder / "alone", processes=None)

@@ -29,7 +29,7 @@ class Trial:
         name: for the option --only.
         promise: the row of the table that it belongs to.
         tried: what one attempt is.
-        short, full: how many attempts a test and the whole run make.
+        short, full: how many attempts a test and the whole run make; 0 where tests of another file try the same.
         setup: the folder is empty and goes away afterwards. It raises NotHere where something is missing.
     """
 
