@@ -54,13 +54,15 @@ class ImageRequest(BaseModel):
     """What to draw: the same fields give the same images, whoever else is served. Image i is that of sample i."""
 
     model_config = ConfigDict(extra="forbid")
-    class_label: int | None = Field(None, description="a model with classes draws all in turn without it")
-    num_images: int = Field(1, ge=1, le=64)
-    seed: int = Field(0, ge=0, lt=2**63)
+    class_label: int | None = Field(default=None, description="a model with classes draws all in turn without it")
+    num_images: int = Field(default=1, ge=1, le=64)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     solver: str = "dpmpp_2m"
-    num_inference_steps: int = Field(15, ge=1, le=1000)
+    num_inference_steps: int = Field(default=15, ge=1, le=1000)
     guidance_scale: float | None = None
-    format: Literal["png", "npz"] = Field("png", description="one picture of all, or uint8 [N, H, W, C] as arr_0")
+    format: Literal["png", "npz"] = Field(
+        default="png", description="one picture of all, or uint8 [N, H, W, C] as arr_0"
+    )
 
 
 @serve.deployment
@@ -94,7 +96,7 @@ class Images:
         if self.num_classes is None:
             if asked.class_label is not None:
                 raise ValueError(f"class_label must be None for a model without classes, got {asked.class_label}")
-            arguments = [{}] * asked.num_images
+            arguments: list[dict[str, torch.Tensor]] = [{}] * asked.num_images
         else:
             if asked.class_label not in (None, *range(self.num_classes)):
                 raise ValueError(f"class_label must be in [0, {self.num_classes - 1}], got {asked.class_label}")
@@ -147,7 +149,7 @@ class Images:
 
 def application(options: Options) -> serve.Application:
     """For `serve run` and `serve.run`."""
-    return Images.options(
+    return Images.options(  # type: ignore[attr-defined]  # the decorator has made a deployment of the class
         num_replicas=options.num_replicas,
         ray_actor_options={"num_gpus": options.num_gpus},
         max_ongoing_requests=options.max_ongoing_requests,
