@@ -46,7 +46,8 @@ class Processes:
             # one process may have far more to do than another before they meet
             gpus = self._training and torch.cuda.is_available()
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-            dist.init_process_group(backend, timeout=TRAINING_WAIT if self._training else WAIT)
+            wait = TRAINING_WAIT if self._training else WAIT
+            dist.init_process_group(backend, timeout=wait, store=_store(), rank=self.rank, world_size=self.size)
             self._connected = True
         return self
 
@@ -155,6 +156,18 @@ def launch_command(command: str) -> str:
         words += ["--max-restarts", restarts]
     # without the dashes torchrun would take some options of ours for its own
     return f"{shlex.join(words)} -m fastdiff -- {command.removeprefix('fastdiff ')}"
+
+
+def _store() -> dist.Store | None:
+    """Where the processes find each other; None leaves it to PyTorch.
+
+    torchrun keeps its store when it starts the processes again, and those would look for the dead ones at the addresses
+    they find in it: each start has entries of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
