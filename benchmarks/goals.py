@@ -88,6 +88,7 @@ GOALS = (
     _cuda("training/unet64-*", "ratio", peers=DIFFUSERS_BEST, at_least=1.2),
     Goal(device="cpu", workloads="sampling/small-b8", figure="ratio", peers=("diffusers",), at_least=1.3),
     Goal(device="cpu", workloads="sampling/small-b8", figure="ratio", peers=DIFFUSERS_BEST, at_least=1.0),
+    Goal(device="cpu", workloads="training/small-*", figure="ratio", peers=("diffusers",), at_least=1.1),
 )
 
 

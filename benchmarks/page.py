@@ -69,6 +69,8 @@ def times(report: store.Report, workload: str, contender: str) -> str:
 
 def _head(report: store.Report) -> str:
     note = " A quick look: tiny workloads, no measurement." if report["quick"] else ""
+    if report["device"] == "cpu":
+        note += " All contenders ran in a process that keeps its freed memory (`fastdiff.host_memory`)."
     return (
         f"# Speed on {report['device']}, {report['date']}\n\n"
         "Medians, with the 10th and 90th percentile; compile time apart. Times are set against fastdiff's of the same "
