@@ -30,6 +30,16 @@ from soak.trials import TRIALS
 
 # the trial of the kernels sends its own calls there; all else runs the references, as a program does without a GPU
 dispatch.INTERPRET = False
+WITHOUT_GPU = (
+    "Kernels: Triton's interpreter ran them, not a GPU. Tensors of more than 2³¹ elements were not tried, nor would a "
+    "read out of bounds have been noticed that changes no result.",
+    "CUDA graphs: nothing was captured; a replay ran the step on the static buffers.",
+    "Threads: no side streams.",
+    "Resume is exact: on the CPU only, not with --deterministic on a GPU. There are no loader workers: the data is in "
+    "memory.",
+    "A NaN stops the run: that the host does not wait for the device in a step is tested on a GPU only.",
+    "Out of memory: the error was raised in place of a full GPU's.",
+)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
@@ -64,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out or RESULTS / f"soak_{device_name(device)}_{datetime.date.today()}.json"
     results = record.load(path)
     results["environment"] = environment()
+    results["limits"] = [] if device.type == "cuda" else list(WITHOUT_GPU)
     results["what"] = (
         f"`make soak`, {datetime.date.today()}, {device_name(device)}, torch {torch.__version__}, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"

@@ -50,7 +50,7 @@ def in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def laid_out(random: Random, call: Call, device: str) -> dict[str, Placed]:
-    """Every tensor of the call somewhere in memory; read-only ones may be expanded."""
+    """Every tensor of the call somewhere in memory."""
     layouts: dict[str, Layout] = {}
     placed = {}
     for name, value in call.arguments.items():

@@ -56,7 +56,7 @@ def partitions(folder: Path) -> Iterator[Attempt]:
     yield attempt
 
 
-@trial(promise=BATCH, tried="batch of images in parts", short=2, full=20)
+@trial(promise=BATCH, tried="batch of images in parts", short=2, full=12)
 def images(folder: Path) -> Iterator[Attempt]:
     """The packaged model, another solver each time, within one 8-bit level in float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -16,7 +15,7 @@ import torch
 from fastdiff import checkpoint
 from soak.children import command, launch
 from soak.interruptions import WORDS, stop, wait_for
-from soak.small_runs import require_same_checkpoint
+from soak.small_runs import losses_of, require_same_checkpoint
 from soak.trial import Attempt, NotSurvived, require, trial
 
 LOST, STEPS = "A lost rank is survived", 50
@@ -60,11 +59,6 @@ def lost_rank(folder: Path) -> Iterator[Attempt]:
         shutil.rmtree(out)
 
     yield attempt
-
-
-def losses_of(out: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 # the words of the first 25 steps, their processes; those of the rest, their processes

@@ -68,7 +68,8 @@ def page(record: Record) -> str:
     rows = record["rows"].items()
     failed = [f"- `{name}`: {row['failure']}. Again: `{row['repeat']}`" for name, row in rows if row["failure"]]
     absent = [f"- `{name}`: {row['absent']}" for name, row in rows if row["absent"]]
-    for title, items in (("Failed", failed), ("Not applicable here", absent)):
+    limits = [f"- {limit}" for limit in record.get("limits", [])]
+    for title, items in (("Failed", failed), ("Not applicable here", absent + limits)):
         if items:
             lines += ["", f"## {title}", "", *items]
     return "\n".join(lines) + "\n"

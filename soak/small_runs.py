@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -50,6 +51,12 @@ def run(config: TrainConfig, on_step: Callable[[int, UNet], None] | None = None)
     """The run, without its loss curve, which takes longer to draw than all steps."""
     with mock.patch.object(TrainLog, "plot"):
         return train(config, model_config=None if config.resume else SMALL, on_step=on_step)
+
+
+def losses_of(output: Path) -> dict[int, float]:
+    """The loss of each step that a run has logged."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import warnings
@@ -16,7 +17,7 @@ from fastdiff.checkpoint import latest_checkpoint
 from fastdiff.loss import DiffusionLoss
 from fastdiff.train_log import TrainingDiverged
 from fastdiff.unet import UNet
-from soak.small_runs import STEPS, copied, options, require_equal, require_same_checkpoint, run
+from soak.small_runs import STEPS, copied, losses_of, options, require_equal, require_same_checkpoint, run
 from soak.trial import Attempt, NotSurvived, require, trial
 
 RECIPES: tuple[dict[str, object], ...] = (
@@ -54,19 +55,15 @@ def nan(folder: Path) -> Iterator[Attempt]:
     weights: dict[int, dict[str, Tensor]] = {}
     settings = {"log_every": 4, "checkpoint_every": 5}
     run(options(folder / "whole", **settings), lambda step, model: weights.update({step: copied(model.state_dict())}))
-    calls = 0
 
     def attempt(number: int) -> None:
-        step, out, models = number * 7 % STEPS + 1, folder / str(number), []
-        genuine = DiffusionLoss.__call__
-        nonlocal calls
-        calls = 0
+        step, out = number * 7 % STEPS + 1, folder / str(number)
+        models: list[UNet] = []
+        genuine, calls = DiffusionLoss.__call__, itertools.count(1)
 
         def poisoned(self, *args, **kwargs):
-            nonlocal calls
-            calls += 1
             loss, output, gradient = genuine(self, *args, **kwargs)
-            if calls == step:
+            if next(calls) == step:
                 loss, gradient = loss.clone(), gradient.clone()
                 loss[number % len(loss)] = gradient[number % len(loss)] = float("nan")
             return loss, output, gradient
@@ -98,13 +95,6 @@ def nan(folder: Path) -> Iterator[Attempt]:
 def out_of_memory(folder: Path) -> Iterator[Attempt]:
     """From a random step on, no more than so many images fit."""
     settings = {"steps": 6, "warmup_steps": 6, "checkpoint_every": 6}
-
-    def losses_of(out: Path) -> list[float]:
-        import json
-
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines if "loss" in line]
-
     run(options(folder / "whole", **settings))
     expected = losses_of(folder / "whole")
 
@@ -129,7 +119,9 @@ def out_of_memory(folder: Path) -> Iterator[Attempt]:
         pieces = 2 if room >= 6 else 4
         require(len(told) == 1 or (pieces == 4 and len(told) == 2), f"room for {room}: it said {told}")
         # the same numbers in another order: weights move by what float32 rounds off
-        far = max(abs(one - other) / other for one, other in zip(losses_of(out), expected, strict=True))
+        losses = losses_of(out)
+        require(losses.keys() == expected.keys(), f"room for {room}: the log has the steps {list(losses)}")
+        far = max(abs(losses[step] - loss) / loss for step, loss in expected.items())
         if far > 1e-6:
             raise NotSurvived(f"room for {room} of 12 images from step {first + 1} on: a loss is off by {far:.1e}")
 
