@@ -85,8 +85,9 @@ class Engine:
     Args:
         model, schedule, prediction_type, dtype, device, compile, cuda_graph: as in `fastdiff.Sampler`.
         shape: [C, *spatial] of a sample.
-        batch_sizes: the batches that the model is called with, ascending; a call is padded to the next one. The last
-            is how many places there are: a guided request takes two, and requests wait in order of arrival.
+        batch_sizes: the batches that a captured or compiled model is called with, ascending; a call is padded to the
+            next one. The last is how many places there are: a guided request takes two, and requests wait in order of
+            arrival.
 
     A sample equals that of a `Sampler` with the same seed but for what another batch size changes in the last bits of
     the model. t is int64 for the model while all requests under way have whole timesteps, else float32. An engine is

@@ -18,7 +18,9 @@ from fastdiff.model_arguments import with_tensors
 
 
 class BucketedModel:
-    """Calls `model(x, t, **arguments)` with a batch padded to the next of `sizes`.
+    """Calls `model(x, t, **arguments)`, captured or compiled with a batch padded to the next of `sizes`.
+
+    Padding pays where a size costs seconds at first; a model that runs eagerly is called with the batch as it is.
 
     Args:
         sizes: batch sizes, ascending.
@@ -44,7 +46,7 @@ class BucketedModel:
         self.sizes, self.shape, self.device = tuple(sizes), shape, device
         self.dtype, self.autocast_dtype = dtype, autocast_dtype
         self._model = compiled(model, compile) if compile else model
-        self._captures = captures
+        self._captures, self._compiles = captures, bool(compile)
         self._baked_in = BakedIn(model)
         self._state: Hashable = None
         self._calls: dict[Hashable, _Bucket] = {}
@@ -55,6 +57,8 @@ class BucketedModel:
         arguments: the model's keyword arguments, with a `TensorAt` for each tensor. The next call may overwrite the
         output.
         """
+        if not (self._captures or self._compiles):
+            return self._evaluate(x, t, tensors, arguments)
         if self._captures and (state := self._baked_in.state()) != self._state:
             self._calls.clear()
             self._state = state
@@ -75,13 +79,7 @@ class BucketedModel:
         bucket = _Bucket(x, t.new_zeros(size), statics)
 
         def call() -> None:
-            context: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if self.autocast_dtype is not None:
-                # the cache of cast weights ends with the context, and a captured graph would go on reading it
-                context = torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
-            with context:
-                output = self._model(bucket.x, bucket.t, **with_tensors(arguments, bucket.tensors))
-            bucket.output = _checked(output, bucket.x)
+            bucket.output = self._evaluate(bucket.x, bucket.t, bucket.tensors, arguments)
 
         bucket.replay = call
         if self._captures:
@@ -94,6 +92,15 @@ class BucketedModel:
                 bucket.replay = call
                 self._captures = False
         return bucket
+
+    def _evaluate(self, x: Tensor, t: Tensor, tensors: Mapping[str, Tensor], arguments: dict[str, Any]) -> Tensor:
+        context: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.autocast_dtype is not None:
+            # the cache of cast weights ends with the context, and a captured graph would go on reading it
+            context = torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
+        with context:
+            output = self._model(x, t, **with_tensors(arguments, tensors))
+        return _checked(output, x)
 
 
 class _Bucket:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import NoiseSchedule, Sampler
+from fastdiff import NoiseSchedule, Sampler, engine_model
 from fastdiff.engine import Engine, Request
 from fastdiff.engine_model import BucketedModel
 
@@ -70,11 +70,18 @@ def mixture() -> list[Request]:
     return [one for pair in zip(requests, guided) for one in pair]
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["eager", "padded"])
 @pytest.mark.parametrize("batch_sizes", [(2,), (1, 2, 4, 8), (64,)], ids=str)
-def test_each_request_gets_what_it_gets_alone_bit_for_bit(batch_sizes):
+def test_each_request_gets_what_it_gets_alone_bit_for_bit(batch_sizes, padded, monkeypatch):
     model, requests = Labelled(), mixture()
-    samples = engine(model, batch_sizes=batch_sizes).run(requests)
-    assert set(model.batches) <= set(batch_sizes)
+    one_engine = engine(model, batch_sizes=batch_sizes)
+    if padded:
+        # as on a GPU, but that nothing is captured
+        monkeypatch.setattr(engine_model, "capture", lambda step, *_: (step, None))
+        one_engine._call._captures = True
+    samples = one_engine.run(requests)
+    assert max(model.batches) <= batch_sizes[-1]
+    assert not padded or set(model.batches) <= set(batch_sizes)
     for one, sample in zip(requests, samples):
         assert torch.equal(sample, alone(Labelled(), one)), one
 
@@ -135,6 +142,12 @@ def test_a_guided_request_takes_two_places_only_where_its_rows_are_guided():
     one_engine.step()
     # timesteps 999, 666, 333: the last one is below the interval
     assert model.batches == [3, 3, 2]
+
+
+def test_an_eager_model_is_called_with_as_many_as_there_are():
+    model = Labelled()
+    engine(model, batch_sizes=(1, 16)).run([request("ddim eta", seed=i) for i in range(5)])
+    assert model.batches == [5, 5, 5]
 
 
 def test_whole_timesteps_stay_integers_until_others_join():
