@@ -83,12 +83,17 @@ def _sample(command: Sample) -> int:
 
 
 def _train(command: Train) -> int:
+    from fastdiff.processes import Processes
     from fastdiff.train import train
 
-    print(f"checkpoints, log.jsonl, loss.png and samples go to {command.output}")
+    first = Processes.of_environment().first
+    if first:
+        print(f"checkpoints, log.jsonl, loss.png and samples go to {command.output}")
     result = train(TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)}))
     if not result.completed:
         return INTERRUPTED
+    if not first:
+        return 0
     print(result.describe())
     if result.superres is not None:
         print(result.superres.describe())
