@@ -66,9 +66,9 @@ def train(
 ) -> TrainResult:
     """Run (or, with config.resume, continue) a training run and write its checkpoints to config.output.
 
-    model_config: the network, if it is none of the presets. on_step(step, model): called after every optimizer step.
-    On Ctrl-C, SIGTERM or SIGUSR1 a checkpoint is written and the command that continues the run is printed. Under
-    torchrun every process calls it, with the same arguments.
+    model_config: the network, if it is none of the presets. on_step(step, model): called after every optimizer step;
+    the model is in shards with fsdp. On Ctrl-C, SIGTERM or SIGUSR1 a checkpoint is written and the command that
+    continues the run is printed. Under torchrun every process calls it, with the same arguments.
 
     Raises ValueError for options that do not fit the data, the model, the processes or the run that is to continue,
     CheckpointError where checkpoints cannot be read or written, OSError where the log cannot, torch.OutOfMemoryError
@@ -139,6 +139,7 @@ def _train(
         print(f"stopped after step {step}; continue with: {launch_command(config.command())} --resume")
     assert saved is not None  # a run that does no step is a resumed one
     model = train_step.averages()
+    assert model is not None
     return TrainResult(
         model=model,
         checkpoint=saved,
