@@ -72,21 +72,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = options.out or RESULTS / f"soak_{device_name(device)}_{datetime.date.today()}.json"
-    results = record.load(path)
-    results["environment"] = environment()
-    results["limits"] = [] if device.type == "cuda" else list(WITHOUT_GPU)
-    results["what"] = (
+    about: record.Record = {}
+    about["environment"] = environment()
+    about["limits"] = [] if device.type == "cuda" else list(WITHOUT_GPU)
+    about["what"] = (
         f"`make soak`, {datetime.date.today()}, {device_name(device)}, torch {torch.__version__}, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
     )
     failed = 0
     for trial in chosen:
-        if options.missing and record.is_done(results, trial):
+        if options.missing and record.is_done(record.load(path), trial):
             continue
         outcome = attempt(trial, options)
         print(verdict(trial, outcome), flush=True)
         failed += not outcome.ok
         if options.attempt is None:
+            # anew: another part may be under way beside this one
+            results = {**record.load(path), **about}
             record.add(results, trial, outcome)
             # in the order of the promises, whatever was tried first
             rows = results["rows"]

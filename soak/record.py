@@ -64,6 +64,8 @@ def page(record: Record) -> str:
         before = row["promise"]
         figures = "– | –" if row["absent"] else f"{row['survived']} | {row['seconds']:.0f}"
         count = "–" if row["absent"] else row["tried"]
+        if row["tried"] < row["of"] and not row["absent"]:
+            count = f"{count} of the full {row['of']}"
         lines.append(f"| {promise} | {count} × {row['attempt']} (`{name}`) | {figures} |")
     rows = record["rows"].items()
     failed = [f"- `{name}`: {row['failure']}. Again: `{row['repeat']}`" for name, row in rows if row["failure"]]
