@@ -171,7 +171,7 @@ def test_what_goes_wrong_is_told_by_all_processes(alone, together, name, message
 
 def test_a_full_disk_leaves_the_last_checkpoint(together):
     damaged = together[0] / "damaged"
-    assert [path.name for path in damaged.glob("step-*")] == ["step-40"]
+    assert sorted(path.name for path in damaged.glob("step-*")) == ["step-20", "step-40"]
     checkpoint.verify(damaged / "step-40")
 
 
@@ -194,9 +194,9 @@ def test_a_killed_process_is_survived(alone, tmp_path):
     run = (options(output, steps=20, checkpoint_every=10), {"kill": True, "at": 13})
     finished = torchrun(str(WORKER), json.dumps([run]), restarts=1)
     assert finished.returncode == 0, finished.stdout
-    assert outcomes(finished)["run", 0]["step"] == STEPS
-    assert losses(alone) == losses(alone)
-    assert_equal(tensors(output), tensors(alone))
+    assert outcomes(finished)["run", 0]["step"] == 20
+    assert losses(output) == losses(alone)[:20]
+    assert_equal(tensors(output, 20), tensors(alone, 20))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
