@@ -72,13 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = options.out or RESULTS / f"soak_{device_name(device)}_{datetime.date.today()}.json"
-    about: record.Record = {}
-    about["environment"] = environment()
-    about["limits"] = [] if device.type == "cuda" else list(WITHOUT_GPU)
-    about["what"] = (
-        f"`make soak`, {datetime.date.today()}, {device_name(device)}, torch {torch.__version__}, "
-        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
-    )
+    about = {
+        "environment": environment(),
+        "limits": [] if device.type == "cuda" else list(WITHOUT_GPU),
+        "what": f"`make soak`, {datetime.date.today()}, {device_name(device)}, torch {torch.__version__}, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}",
+    }
     failed = 0
     for trial in chosen:
         if options.missing and record.is_done(record.load(path), trial):
