@@ -87,7 +87,8 @@ class Shards(Alone):
             units: list[nn.Module] = [*each.down_blocks, *each.up_blocks, each]
             for unit in units:
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
-        for conv in (model.conv_in, model.conv_out):
+        ends: list[Any] = [model.conv_in, model.conv_out]
+        for conv in ends:
             _use_channels_last(conv)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -109,7 +110,7 @@ def _use_channels_last(conv: nn.Conv2d) -> None:
     def channels_last_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return forward(x, weight.clone(memory_format=torch.channels_last), bias)
 
-    conv._conv_forward = channels_last_forward  # type: ignore[method-assign]
+    conv._conv_forward = channels_last_forward  # type: ignore[method-assign, assignment]
 
 
 def share(model: UNet, averages: UNet, dtype: torch.dtype, processes: Processes, *, fsdp: bool) -> Alone:

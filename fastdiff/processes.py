@@ -92,6 +92,13 @@ class Processes:
             raise raised
         return result  # type: ignore[return-value]
 
+    def first_of_machine_first(self, action: Callable[[], Result]) -> Result:
+        """Every process acts, the first of each machine before its others, which find what it has downloaded."""
+        early = self.all_do(lambda: None if self.local_rank else action())
+        late = self.all_do(lambda: action() if self.local_rank else None)
+        result = late if self.local_rank else early
+        return result  # type: ignore[return-value]
+
     def all_true(self, value: bool) -> bool:
         """Whether it is true in all processes; they wait for each other."""
         if self.size == 1:

@@ -272,7 +272,8 @@ class UNet(nn.Module):
             h = layer(h, modulation_of(layer.resnet), encoder_hidden_states, dropout_keys)
         for block in self.up_blocks:
             # a list of its own: FSDP hands a block a copy, so what it takes off one is not gone from ours
-            taken, skips = skips[-len(block.layers) :], skips[: -len(block.layers)]
+            count = len(block.layers)  # type: ignore[arg-type]
+            taken, skips = skips[-count:], skips[:-count]
             h = block(h, taken, modulation_of, encoder_hidden_states, dropout_keys)
         return self.conv_out(self.norm_out(h))
 
