@@ -22,6 +22,7 @@ from fastdiff.compilation import CompiledOrEager, compile_options, cudnn_benchma
 from fastdiff.cuda_graph import capture
 from fastdiff.data import BatchOrder, Dataset, random_flip
 from fastdiff.ema import EMA
+from fastdiff.host_memory import keep_host_memory
 from fastdiff.loss import DiffusionLoss
 from fastdiff.parallel import gathered, share
 from fastdiff.processes import Processes
@@ -48,7 +49,8 @@ class TrainStep:
     processes: those that share each batch, each with a TrainStep of its own; without them, one alone.
 
     One process that runs out of memory cuts its batches into twice as many pieces from then on, with one warning; among
-    several, torch.OutOfMemoryError says which option to raise.
+    several, torch.OutOfMemoryError says which option to raise. On a CPU the process keeps its freed memory
+    (`keep_host_memory`).
 
     Attributes:
         ema: the moving average; `averages` gives what to sample from.
@@ -74,6 +76,8 @@ class TrainStep:
             raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}")
         if config.cuda_graph is True and processes.size > 1:
             raise ValueError(f"cuda_graph=True needs a single process, got {processes.size}")
+        if device.type == "cpu":
+            keep_host_memory()
         self._captures = device.type == "cuda" and config.cuda_graph is not False and processes.size == 1
         self._advance: Callable[[], None] | None = None
         self._pieces = pieces_each(config, processes.size)
