@@ -63,6 +63,9 @@ def deployment():
         patch.setenv("TRITON_INTERPRET", "0")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # a busy machine may take longer than the 5 s after which Serve kills a proxy that starts
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+        patch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
         ray.init(
             num_cpus=REPLICAS,
             num_gpus=0,
@@ -74,7 +77,9 @@ def deployment():
             _temp_dir=folder,
         )
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            # it waits a minute for the proxy, and no longer on a busy machine; `serve.run` has time
+            with contextlib.suppress(TimeoutError):
+                serve.start(http_options={"host": "127.0.0.1", "port": port})
             options = Options(
                 num_replicas=REPLICAS,
                 num_gpus=0,
