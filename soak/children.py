@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 # Forked from a clean process that has imported torch: 40 ms each, and nothing of this process in them.
@@ -81,3 +85,43 @@ def launch(words: Sequence[str], **changes: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that this one has started, and those that they have."""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs; one that has ended and waits to be collected does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def stop(running: subprocess.Popen[str], *, seconds: float = 30) -> None:
+    """SIGKILL to a command that is still there and to all that it has started; wait until they are gone.
+
+    torchrun's workers are in sessions of their own: a signal to its group does not reach them, and they would go on
+    without it. TimeoutError where one is still there after so many seconds.
+    """
+    if running.poll() is not None:
+        return
+    # no worker more is started while they are looked for
+    running.send_signal(signal.SIGSTOP)
+    pids = [running.pid, *descendants(running.pid)]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if is_alive(pid)]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{seconds} s after SIGKILL the processes {left} are still there")
+        time.sleep(0.005)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastdiff import checkpoint
 from fastdiff.train import TrainConfig
-from soak.children import command, launch
+from soak.children import command, launch, stop
 from soak.small_runs import run
 from soak.trial import Attempt, require, trial
 
@@ -33,12 +33,6 @@ def wait_for(running: subprocess.Popen[str], log: Path, *, lines: int, seconds: 
             output, _ = running.communicate()
             require(False, f"the run did not begin: {output[-500:]}")
         time.sleep(0.01)
-
-
-def stop(running: subprocess.Popen[str]) -> None:
-    """SIGKILL to all processes of a command that are still there."""
-    if running.poll() is None:
-        os.killpg(running.pid, signal.SIGKILL)
 
 
 def interrupt(out: Path, number: int, processes: int | None) -> None:

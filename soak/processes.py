@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from fastdiff import checkpoint
-from soak.children import command, launch
-from soak.interruptions import WORDS, stop, wait_for
+from soak.children import command, descendants, launch, stop
+from soak.interruptions import WORDS, wait_for
 from soak.small_runs import losses_of, require_same_checkpoint
 from soak.trial import Attempt, NotSurvived, require, trial
 
@@ -34,8 +34,7 @@ def finish(out: Path, *words: str, processes: int | None) -> None:
 
 def workers(launcher: int) -> list[int]:
     """The processes that torchrun has started."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children if b"fastdiff" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [pid for pid in descendants(launcher) if b"fastdiff" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @trial(promise=LOST, tried="SIGKILL of one of two processes", short=0, full=10)
