@@ -274,7 +274,7 @@ def _run(
         index = -1 if masked else int(row)
         if 0 <= index < floats.shape[0]:
             # one row, in the CPU's own memory: what it does not read is left out here instead of in the loop
-            columns = floats.narrow(0, index, 1)
+            columns = floats.narrow(0, index, 1).contiguous()
             c = columns.tolist()[0]
             if not (c[_PM] or c[_CM] or c[_UM]):
                 model = None

@@ -295,6 +295,17 @@ class TestCompiledOnTheCPU:
         # one for whole vectors only, one for a rest
         assert len(self.graphs._graphs) == 2
 
+    @pytest.mark.parametrize("layout", ["transposed", "every second column"])
+    def test_tables_of_any_strides(self, layout):
+        floats, row = table(3, 0), torch.tensor([1])
+        sample, output = random(2, 3, seed=1), random(2, 3, seed=2)
+        if layout == "transposed":
+            strided = floats.t().contiguous().t()
+        else:
+            strided = torch.stack([floats, torch.full_like(floats, torch.nan)], dim=2).flatten(1)[:, ::2]
+        expected = solver_step(sample, output, floats, row)[0]
+        assert torch.equal(solver_step(sample, output, strided, row)[0], expected)
+
     def test_rows_per_sample_and_learned_variance(self):
         floats, row = table(4, 0), torch.tensor([2, 0, 3])
         for shape in [(3, 4, 5, 7), (3, 2, 6)]:
