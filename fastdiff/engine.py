@@ -153,11 +153,18 @@ class Engine:
         self._running: list[_Running] = []
         self._tables = RequestTables(schedule, prediction_type, self.device)
         self._joined: JoinedTables | None = None
+        self._done: list[Finished] = []
+        self._answered = False
 
     @property
     def busy(self) -> bool:
-        """True while a request waits or is under way."""
-        return bool(self._waiting or self._running)
+        """True while a request waits or is under way, or a sample has not been returned."""
+        return bool(self._waiting or self._running or self._done)
+
+    @property
+    def model_answered(self) -> bool:
+        """Whether the model has taken a call: until then nothing says that arguments of the first request fit it."""
+        return self._answered
 
     @property
     def num_waiting(self) -> int:
@@ -197,6 +204,8 @@ class Engine:
         entry = _Running(next(self._numbers), request, packed, cond, uncond)
         if entry.places > self.capacity:
             raise ValueError(f"a guided request takes 2 places, batch_sizes end at {self.capacity}")
+        if not (self._answered or self._waiting or self._running):
+            self._places.forget_arguments()
         self._places.accept(without_tensors(request.model_kwargs), cond)
         self._waiting.append(entry)
         return entry.id
@@ -219,14 +228,17 @@ class Engine:
         while self._waiting and self._taken() + self._waiting[0].places <= self.capacity:
             self._enter(self._waiting.popleft())
         self._run_rows_without_model()
-        finished = self._finished()  # a table may never evaluate the model
-        if not self._running:
-            return finished
-        rows = self._rows(self._running)
-        output, uncond = self._evaluate(rows)
-        self._run_rows(slice(0, len(self._running)), rows, output, uncond)
-        self._run_rows_without_model()
-        return finished + self._finished()
+        # a table may never evaluate the model; samples are kept here in case that others' call of it fails
+        self._done += self._finished()
+        if self._running:
+            rows = self._rows(self._running)
+            output, uncond = self._evaluate(rows)
+            self._answered = True
+            self._run_rows(slice(0, len(self._running)), rows, output, uncond)
+            self._run_rows_without_model()
+            self._done += self._finished()
+        done, self._done = self._done, []
+        return done
 
     def run(self, requests: Iterable[Request]) -> list[Tensor]:
         """Add requests, step until nothing is left to do, and return their samples in order.

@@ -53,6 +53,10 @@ class Places:
                 f"got {arguments} with {got}"
             )
 
+    def forget_arguments(self) -> None:
+        """The next request decides anew; there must be none here."""
+        self.arguments, self.cond, self.uncond = None, {}, {}
+
     def start(
         self,
         place: int,

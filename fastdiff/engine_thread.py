@@ -23,7 +23,8 @@ class EngineThread:
 
     A future gives the sample, float32 [C, *spatial] on the engine's device, or raises what `Engine.add` did. One that
     is cancelled, also by a coroutine that is, leaves the engine before its next step. An error of a step ends the
-    thread: all requests under way get it, and later ones are refused.
+    thread: all requests under way get it, and later ones are refused. Where the model has never taken a call before,
+    only these requests get it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -69,7 +70,14 @@ class EngineThread:
         try:
             while self._admit():
                 self._abort_cancelled()
-                for id, sample in self._engine.step():
+                try:
+                    finished = self._engine.step()
+                except Exception as raised:
+                    if self._engine.model_answered:
+                        raise
+                    self._refuse_all(raised)
+                    continue
+                for id, sample in finished:
                     _resolve(self._futures.pop(id), sample)
                 self._keep_pace()
         except Exception as raised:
@@ -101,6 +109,13 @@ class EngineThread:
         for id in [id for id, future in self._futures.items() if future.cancelled()]:
             self._engine.abort(id)
             del self._futures[id]
+
+    def _refuse_all(self, error: Exception) -> None:
+        """The first call of the model failed: what was asked of it did not fit."""
+        for id, future in self._futures.items():
+            self._engine.abort(id)
+            _resolve(future, error)
+        self._futures.clear()
 
     def _keep_pace(self) -> None:
         """Be one step ahead of a GPU, no more: who comes next would have to wait for all that is enqueued."""

@@ -371,3 +371,45 @@ def test_captured_calls_equal_eager_ones_without_synchronising():
     for one, again, expected in zip(first, second, eager):
         assert torch.equal(one, expected)
         assert torch.equal(again, expected)
+
+
+def test_a_first_request_that_the_model_does_not_take_binds_nobody():
+    served = engine()
+    wrong = served.add(Request(num_inference_steps=2, model_kwargs={"class_label": torch.tensor([1])}))
+    with pytest.raises(TypeError, match="class_label"):
+        served.step()
+    assert served.abort(wrong)
+    assert not served.model_answered
+    good = request("ddpm")
+    assert torch.equal(served.run([good])[0], alone(Labelled(), good))
+    assert served.model_answered
+
+
+def test_a_sample_outlives_the_error_of_a_call_for_others(monkeypatch):
+    served = engine()
+    one = served.add(request("ddpm"))
+    while served.num_running == 0 or served._running[0].row < 4:
+        served.step()
+    other = served.add(request("multistep"))
+    finish = served._finished
+
+    def finish_early():
+        monkeypatch.setattr(served, "_finished", finish)
+        served._running[0].row = 5
+        return finish()
+
+    monkeypatch.setattr(served, "_finished", finish_early)
+    evaluate = served._evaluate
+
+    def fail(rows):
+        monkeypatch.setattr(served, "_evaluate", evaluate)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(served, "_evaluate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        served.step()
+    assert served.busy
+    assert [done.id for done in served.step()] == [one]
+    while other not in (ids := [done.id for done in served.step()]):
+        assert ids == []
+    assert not served.busy

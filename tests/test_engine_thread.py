@@ -84,10 +84,16 @@ def test_a_refused_request_raises_and_the_others_go_on():
 
 
 def test_an_error_of_a_step_reaches_all_and_ends_the_thread():
+    calls = []
+
     def fail(x):
-        raise ValueError("out of order")
+        calls.append(x)
+        if len(calls) > 2:
+            raise ValueError("out of order")
+        return torch.tanh(x)
 
     thread = EngineThread(new_engine(fail, places=2))
+    thread.submit(Request(solver="ddim", num_inference_steps=2)).result(60)
     # more than there are places: one waits
     futures = []
     for seed in range(5):
@@ -116,3 +122,12 @@ def test_closing_cancels_what_is_not_done():
     assert waiting.cancelled()
     with pytest.raises(RuntimeError, match="the engine is closed"):
         thread.submit(LONG)
+
+
+def test_a_first_request_that_the_model_refuses_does_not_end_the_thread():
+    thread = EngineThread(new_engine())
+    wrong = thread.submit(Request(num_inference_steps=2, model_kwargs={"label": torch.tensor([1])}))
+    with pytest.raises(TypeError, match="label"):
+        wrong.result(60)
+    assert torch.equal(thread.submit(request(3)).result(60), new_engine().run([request(3)])[0])
+    thread.close()
