@@ -8,5 +8,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels", "fastdiff.models.digits"],
     package_dir={"fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["py.typed"], "fastdiff.models.digits": ["*.json", "*.safetensors"]},
+    package_data={
+        "fastdiff": ["py.typed"],
+        "fastdiff.examples": ["*.sh"],
+        "fastdiff.models.digits": ["*.json", "*.safetensors"],
+    },
 )
