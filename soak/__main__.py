@@ -78,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         "what": f"`make soak`, {datetime.date.today()}, {device_name(device)}, torch {torch.__version__}, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}",
     }
+    # now: the files may be edited while the trials run
+    commit = record.commit()
     failed = 0
     for trial in chosen:
         if options.missing and record.is_done(record.load(path), trial):
@@ -88,11 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.attempt is None:
             # anew: another part may be under way beside this one
             results = {**record.load(path), **about}
-            record.add(results, trial, outcome)
+            record.add(results, trial, outcome, commit)
             # in the order of the promises, whatever was tried first
             rows = results["rows"]
             results["rows"] = {one.name: rows[one.name] for one in TRIALS if one.name in rows}
-            record.save(results, path)
+            record.save(results, path, TRIALS)
     return 1 if failed else 0
 
 

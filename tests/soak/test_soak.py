@@ -1,6 +1,7 @@
 """The harness: a broken promise is counted, described and repeatable, and a trial notices what it is there for."""
 
 import json
+import re
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_command_writes_a_row_a_trial_and_fails_with_any(three_trials, tmp_path,
         (0, 0, "needs a GPU"),
     ]
     page = path.with_suffix(".md").read_text()
-    assert "| Odd numbers are even | 6 × number (`odd-numbers`) | 3 | 0 |" in page
+    assert f"| Odd numbers are even | 6 × number (`odd-numbers`) | 3 | 0 | {record.commit() or '–'} |" in page
     assert "- `odd-numbers`: 1 is odd. Again: `python -m soak --only odd-numbers --attempt 1`" in page
     assert "## Not applicable here\n\n- `without-gpu`: needs a GPU" in page
 
@@ -76,6 +77,29 @@ def test_command_repeats_an_attempt_and_makes_what_is_missing(three_trials, tmp_
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[::3]] == ["odd-numbers", "broken-setup"]
     assert command.main(["--only", "nothing of the kind"]) == 2
     assert record.load(path)["rows"]["odd-numbers"]["tried"] == 6
+
+
+def test_page_names_what_was_not_tried_and_counts_of_another_size(three_trials, tmp_path):
+    path = tmp_path / "soak.json"
+    assert command.main(["--out", str(path), "--only", "odd", "--count", "1"]) == 0
+    page = path.with_suffix(".md").read_text()
+    assert "1 (in full 6) × number (`odd-numbers`)" in page
+    assert "## Not tried\n\n- Setups work: 1 × setup (`broken-setup`)\n- GPUs are there: 1 × call" in page
+    # of a file from before the commit was noted, and before six attempts were asked for
+    results = record.load(path)
+    row = results["rows"]["odd-numbers"]
+    del row["commit"]
+    row |= {"of": 4, "tried": 4, "survived": 4}
+    assert "4 (in full 6) × number (`odd-numbers`) | 4 | 0 | – |" in record.page(results, [odd_numbers])
+    row |= {"tried": 6, "survived": 6}
+    assert record.is_done(results, odd_numbers)
+    row["attempt"] = "other number"
+    assert not record.is_done(results, odd_numbers)
+
+
+def test_commit_tells_changed_files():
+    name = record.commit()
+    assert name is None or re.fullmatch(r"[0-9a-f]{7,40}\+?", name)
 
 
 def test_a_loader_that_believes_the_files_is_found_out(tmp_path, monkeypatch):
