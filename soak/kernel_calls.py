@@ -25,6 +25,8 @@ from fastdiff.noise import normal
 Random = np.random.Generator
 STEPS = 7
 OUT_OF_RANGE = (-1, STEPS, 2**31 - 1, -(2**31))
+# cut off to 32 bits the first is negative and the second a step like any other
+OUT_OF_INT32 = (2**31, 2**32 + 1)
 
 
 @dataclass(kw_only=True)
@@ -83,7 +85,8 @@ def row_numbers(random: Random, batch: int, dtype: torch.dtype) -> Tensor:
     """Mostly in [0, STEPS)."""
     numbers = random.integers(0, STEPS, batch)
     outside = random.random(batch) < 0.15
-    return torch.from_numpy(np.where(outside, random.choice(OUT_OF_RANGE, batch), numbers)).to(dtype)
+    values = OUT_OF_RANGE if dtype == torch.int32 else OUT_OF_RANGE + OUT_OF_INT32
+    return torch.from_numpy(np.where(outside, random.choice(values, batch), numbers)).to(dtype)
 
 
 def noise_source(random: Random, shape: tuple[int, ...]) -> dict[str, Tensor]:
