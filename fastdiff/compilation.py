@@ -172,7 +172,7 @@ def _sharing_copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 
 class CompiledByDevice:
-    """Calls a model compiled for inference, once for each kind of device that its first argument lies on.
+    """Calls a model compiled for inference, once for each kind of device that its first tensor lies on.
 
     A model may move between two calls, and a plain function does not say where it runs.
     """
@@ -187,17 +187,18 @@ class CompiledByDevice:
         """As of CompiledOrEager, on all devices."""
         return sum(one.compile_seconds for one in self._compiled.values())
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kind = x.device.type
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        kind = next((tensor.device.type for tensor in tensors), "cpu")
         if kind not in self._compiled:
             with self._lock:
                 if kind not in self._compiled:
                     self._compiled[kind] = _compiled_for(kind, self._model, self._choice)
-        return self._compiled[kind](x, *args, **kwargs)
+        return self._compiled[kind](*args, **kwargs)
 
 
 def compiled(model: Callable[..., Any], choice: bool | str) -> CompiledByDevice:
-    """`model`, whose first argument is a tensor, compiled for inference as one of COMPILE_CHOICES but False says.
+    """`model` compiled for inference as one of COMPILE_CHOICES but False says.
 
     "max-autotune": with Inductor's and cuDNN's timing of candidates. "repeated_blocks": block by block. The first call
     on a CPU makes the process keep its freed memory (`keep_host_memory`). Raises ValueError where the model has no

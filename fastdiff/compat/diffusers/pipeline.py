@@ -97,7 +97,7 @@ def accelerate(
     whole = forward = unet.forward
     device = next(unet.parameters()).device
     if compile in (True, "max-autotune"):
-        whole = compiled(forward, compile, device)
+        whole = compiled(forward, compile)
     # One compiled function a class: blocks of the same shape share what was compiled, and fail together.
     kinds: set[Any] = set(map(type, blocks))
     functions = {kind: CompiledOrEager(kind.forward, **compile_options(device)) for kind in kinds}
