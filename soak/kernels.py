@@ -107,7 +107,7 @@ def require_refused(random: Random, call: Call, path: Path) -> None:
 def random_calls(folder: File) -> Iterator[Attempt]:
     paths = [path for path in (kernel_path(), REFERENCE) if path is not None]
 
-    def attempt(number: int) -> None:
+    def attempt(number: int) -> str | None:
         build = CALLS[number % len(CALLS)]
         call = build(np.random.default_rng(number))
         title = f"{build.__name__} {[list(v.shape) for v in call.arguments.values() if isinstance(v, Tensor)]}"
@@ -116,7 +116,8 @@ def random_calls(folder: File) -> Iterator[Attempt]:
         except ValueError as error:
             # there is no mean of nothing
             require("at least one element in each sample" in str(error), f"{title}: {error}")
-            return
+            return "refused"
+        refused = False
         for path in paths:
             random = np.random.default_rng(number + 2**32)
             placed = laid_out(random, call, path.device)
@@ -126,6 +127,7 @@ def random_calls(folder: File) -> Iterator[Attempt]:
             except ValueError as error:
                 # a volume whose axes do not merge
                 require("do not merge into two axes" in str(error), f"{title} by {path.name}: {error}")
+                refused = True
                 continue
             for name, value in results.items():
                 require_right(value, expected[name], call, path, f"{name} of {title}")
@@ -134,5 +136,8 @@ def random_calls(folder: File) -> Iterator[Attempt]:
                 require(intact, f"{title} by {path.name} wrote where it should not, at {name}")
             if all(value.numel() for value in results.values()):
                 require_refused(random, call, path)
+        if refused:
+            return "refused by one of the paths"
+        return None if any(value.numel() for value in expected.values()) else "empty"
 
     yield attempt

@@ -41,6 +41,7 @@ def add(record: Record, trial: Trial, outcome: Outcome, commit: str | None) -> N
         "of": trial.full,
         "tried": outcome.tried,
         "survived": outcome.survived,
+        "void": outcome.void,
         "seconds": round(outcome.seconds, 1),
         "failure": outcome.failure,
         "repeat": repeat(trial, outcome),
@@ -89,8 +90,11 @@ def page(record: Record, trials: Sequence[Trial]) -> str:
         wanted = full.get(name, row["of"])
         if row["tried"] != wanted and not row["absent"]:
             count = f"{count} (in full {wanted})"
-        # rows of older files have no commit
-        lines.append(f"| {promise} | {count} × {row['attempt']} (`{name}`) | {figures} | {row.get('commit') or '–'} |")
+        # rows of older files have neither
+        void = f", {row['void']} of which compared nothing" if row.get("void") else ""
+        lines.append(
+            f"| {promise} | {count} × {row['attempt']}{void} (`{name}`) | {figures} | {row.get('commit') or '–'} |"
+        )
     rows = record["rows"].items()
     failed = [f"- `{name}`: {row['failure']}. Again: `{row['repeat']}`" for name, row in rows if row["failure"]]
     left = [trial for trial in trials if trial.name not in record["rows"]]

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-Attempt = Callable[[int], None]
+Attempt = Callable[[int], str | None]
+# of so many attempts at least four in five must have compared something
+ENOUGH = 40
 Setup = Callable[[Path], AbstractContextManager[Attempt]]
 
 
@@ -24,6 +26,8 @@ class NotHere(Exception):
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """setup(folder) prepares and hands out attempt(number), which raises where the promise is broken.
+
+    An attempt that ends before it has compared anything returns why: it survives, but too many of those are a failure.
 
     Attributes:
         name: for the option --only.
@@ -43,13 +47,14 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """tried attempts, of which survived; the first failure, and the number of its attempt (None: the setup failed).
+    """tried attempts, of which survived; the first failure, and the number of its attempt (None: not that of one).
 
-    absent: why it was not tried at all.
+    void: how many of those that survived compared nothing. absent: why it was not tried at all.
     """
 
     tried: int = 0
     survived: int = 0
+    void: int = 0
     seconds: float = 0.0
     failure: str | None = None
     number: int | None = None
@@ -82,14 +87,14 @@ def run(
 ) -> Outcome:
     """Make the attempts of these numbers and go on after a failure; told(number, survived) after each."""
     began = time.perf_counter()
-    tried = survived = 0
+    tried = survived = void = 0
     failure = first = None
     try:
         with trial.setup(folder) as attempt:
             for number in numbers:
                 tried += 1
                 try:
-                    attempt(number)
+                    void += attempt(number) is not None
                     survived += 1
                 except Exception as error:
                     if failure is None:
@@ -99,8 +104,10 @@ def run(
         return Outcome(absent=str(error))
     except Exception as error:
         failure = failure or f"setup: {describe(error)}"
+    if failure is None and tried >= ENOUGH and void > tried / 5:
+        failure = f"{void} of {tried} attempts compared nothing"
     seconds = time.perf_counter() - began
-    return Outcome(tried=tried, survived=survived, seconds=seconds, failure=failure, number=first)
+    return Outcome(tried=tried, survived=survived, void=void, seconds=seconds, failure=failure, number=first)
 
 
 def describe(error: Exception) -> str:

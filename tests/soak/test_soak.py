@@ -9,7 +9,7 @@ from fastdiff import checkpoint
 from soak import __main__ as command
 from soak import record
 from soak.checkpoint_damage import bit_flips, truncations
-from soak.trial import NotHere, require, run, trial
+from soak.trial import ENOUGH, NotHere, require, run, trial
 
 
 @trial(promise="Odd numbers are even", tried="number", short=2, full=6)
@@ -39,6 +39,22 @@ def test_failures_are_counted_and_the_first_is_described(tmp_path):
     outcome = run(broken_setup, range(6), tmp_path)
     assert (outcome.tried, outcome.survived, outcome.number) == (0, 0, None)
     assert outcome.failure.startswith("setup: OSError: no room (test_soak.py line ")
+
+
+@pytest.mark.parametrize(
+    ("tried", "void", "failure"),
+    [(40, 8, None), (40, 9, "9 of 40 attempts compared nothing"), (ENOUGH - 1, ENOUGH - 1, None)],
+)
+def test_attempts_that_compare_nothing_are_counted(tried, void, failure, tmp_path):
+    @trial(promise="Arrays are sorted", tried="array", short=1, full=40)
+    def arrays(folder):
+        yield lambda number: "empty" if number < void else None
+
+    outcome = run(arrays, range(tried), tmp_path)
+    assert (outcome.tried, outcome.survived, outcome.void, outcome.failure) == (tried, tried, void, failure)
+    results = {"what": "soak", "rows": {}}
+    record.add(results, arrays, outcome, None)
+    assert f"× array, {void} of which compared nothing (`arrays`)" in record.page(results, [arrays])
 
 
 @pytest.fixture
