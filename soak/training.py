@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
 import warnings
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint import latest_checkpoint
-from fastdiff.loss import DiffusionLoss
 from fastdiff.train_log import TrainingDiverged
 from fastdiff.unet import UNet
+from soak.nan_program import poisoned
+from soak.programs import program
 from soak.small_runs import STEPS, copied, losses_of, options, require_equal, require_same_checkpoint, run
 from soak.trial import Attempt, NotSurvived, require, trial
 
@@ -24,6 +24,7 @@ RECIPES: tuple[dict[str, object], ...] = (
     {},
     {"gradient_accumulation_steps": 3, "horizontal_flip": True, "weighting": "min_snr", "weight_decay": 0.1},
 )
+HARMLESS = "A NaN stops the run, harmlessly"
 
 
 @trial(promise="Resume is exact", tried="resumption after a step", short=3, full=len(RECIPES) * (STEPS - 1))
@@ -49,7 +50,7 @@ def resumed(folder: Path) -> Iterator[Attempt]:
     yield attempt
 
 
-@trial(promise="A NaN stops the run, harmlessly", tried="step with a NaN", short=3, full=STEPS)
+@trial(promise=HARMLESS, tried="step with a NaN", short=3, full=STEPS)
 def nan(folder: Path) -> Iterator[Attempt]:
     """The log is read every fourth step: until then the run goes on and must change nothing."""
     weights: dict[int, dict[str, Tensor]] = {}
@@ -59,20 +60,12 @@ def nan(folder: Path) -> Iterator[Attempt]:
     def attempt(number: int) -> None:
         step, out = number * 7 % STEPS + 1, folder / str(number)
         models: list[UNet] = []
-        genuine, calls = DiffusionLoss.__call__, itertools.count(1)
-
-        def poisoned(self, *args, **kwargs):
-            loss, output, gradient = genuine(self, *args, **kwargs)
-            if next(calls) == step:
-                loss, gradient = loss.clone(), gradient.clone()
-                loss[number % len(loss)] = gradient[number % len(loss)] = float("nan")
-            return loss, output, gradient
 
         def watch(_: int, model: UNet) -> None:
             models[:] = [model]
 
         told = ""
-        with mock.patch.object(DiffusionLoss, "__call__", poisoned):
+        with poisoned(step, number):
             try:
                 run(options(out, **settings), watch)
             except TrainingDiverged as error:
@@ -87,6 +80,25 @@ def nan(folder: Path) -> Iterator[Attempt]:
         if step > 1 and models:
             require_equal(copied(models[0].state_dict()), weights[step - 1], f"weights after a NaN in step {step}")
         shutil.rmtree(out)
+
+    yield attempt
+
+
+@trial(promise=HARMLESS, tried="run of the command line with a NaN", short=1, full=3)
+def nan_command(folder: Path) -> Iterator[Attempt]:
+    """Its exit status, what it prints and the checkpoint that is left."""
+
+    def attempt(number: int) -> None:
+        step, out = (7, 1, 12)[number % 3], folder / str(number)
+        words = ("--steps", "12", "--batch-size", "4", "--log-every", "4", "--checkpoint-every", "5", "--device", "cpu")
+        done = program("soak.nan_program", str(step), "train", *words, "--no-progress", "--output", str(out))
+        told = done.stderr.strip()
+        require(done.returncode == 1, f"a NaN in step {step}: exit status {done.returncode}: {told[-500:]}")
+        require(f"at step {step};" in told, f"a NaN in step {step} was reported as {told[-500:]!r}")
+        require("Traceback" not in told, f"a NaN in step {step} is no sentence: {told[-500:]!r}")
+        last = (step - 1) // 5 * 5
+        latest = latest_checkpoint(out)
+        require(latest == (out / f"step-{last}" if last else None), f"after step {step} the last one is {latest}")
 
     yield attempt
 
