@@ -35,6 +35,7 @@ WITHOUT_GPU = (
     "read out of bounds have been noticed that changes no result.",
     "CUDA graphs: nothing was captured; a replay ran the step on the static buffers.",
     "Threads: no side streams.",
+    "The compiler may fail: that of C++ and its cache were broken, not Triton, which compiles nothing on a CPU.",
     "Resume is exact: on the CPU only, not with --deterministic on a GPU. There are no loader workers: the data is in "
     "memory.",
     "A NaN stops the run: that the host does not wait for the device in a step is tested on a GPU only.",
