@@ -15,6 +15,11 @@ class Interruption:
 
     The other two may come twice for one wish, from a batch system and once more through torchrun, and change nothing
     then. Outside the main thread, where Python handles no signals, nothing changes.
+
+    Under torchrun send SIGTERM to torchrun itself, on every machine; SIGUSR1 would kill it. A training run stops and
+    saves as a whole even if only one of its processes, or one machine's torchrun, is told to; but the torchruns that
+    were not told take this for a failure: with --max-restarts they start the run again, which goes on where it was, and
+    wait for a machine that has left.
     """
 
     def __enter__(self) -> Interruption:

@@ -19,9 +19,12 @@ output=${OUTPUT:-runs/$SLURM_JOB_ID}
 first_machine=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # how long torchrun waits for the last checkpoint; torch 2.11 always waits for 30 seconds
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+# a new store at each restart: in the old one processes on several machines would look for the dead
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 requeue() {
-    kill -TERM "$run"
+    # the steps alone, on all machines; srun would kill them for a signal of its own
+    scancel --signal=TERM "$SLURM_JOB_ID"
     wait "$run"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
