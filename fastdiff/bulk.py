@@ -29,6 +29,7 @@ from fastdiff.durable_files import alone_in, is_leftover, write_files
 from fastdiff.generate import Draw, find_checkpoint, prepare
 from fastdiff.images import save_png, to_uint8
 from fastdiff.interruption import Interruption
+from fastdiff.launch_file import LAUNCH, forget_launch, is_of_this_launch, note_launch
 from fastdiff.processes import Processes
 
 SETTINGS = "generation.json"
@@ -54,7 +55,8 @@ def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
     """Draw the samples 0 to config.num - 1 that are not in config.out yet, and write them.
 
     Under torchrun every process calls it and draws its share. On Ctrl-C or SIGTERM a process finishes its block; the
-    same options with resume=True go on, with any number of processes.
+    same options with resume=True go on, with any number of processes. Where torchrun or SLURM starts the program again
+    it goes on by itself.
 
     Raises ValueError for options that do not fit the model or the folder, CheckpointError for a checkpoint that is
     missing or damaged, OSError where a file cannot be written, FloatingPointError for samples that are not finite. What
@@ -89,6 +91,9 @@ def generate_many(config: BulkConfig, *, progress: bool = False) -> BulkResult:
         if completed and config.format == "npz":
             out = blocks.joined
             processes.first_does(blocks.join)
+        if completed:
+            # what is done holds nothing but samples
+            processes.first_does(forget_launch, config.out)
     return BulkResult(drawn=drawn, seconds=seconds, completed=completed, out=out)
 
 
@@ -134,16 +139,17 @@ def _take_folder(config: BulkConfig, wanted: dict[str, Any], held: contextlib.Ex
         config.out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(refusal) from error
-    held.enter_context(alone_in(config.out))
+    held.enter_context(alone_in(config.out, "out"))
     path = config.out / SETTINGS
     if path.exists():
-        if not config.resume:
+        if not config.resume and not is_of_this_launch(config.out):
             raise ValueError(f"out {config.out} holds samples already: resume them or choose another folder")
         _compare(config.out, wanted)
-    elif not all(map(is_leftover, config.out.iterdir())):
+    elif not all(is_leftover(path) or path.name == LAUNCH for path in config.out.iterdir()):
         raise ValueError(refusal)
     for leftover in config.out.glob(".*.tmp"):
         leftover.unlink()
+    note_launch(config.out)
     if not path.exists():
         write_files({path: lambda file: file.write(json.dumps(wanted, indent=2).encode())})
 

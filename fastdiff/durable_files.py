@@ -55,14 +55,14 @@ def is_leftover(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, option: str) -> Iterator[None]:
     """Hold a lock on a folder, which the system frees however the process ends.
 
-    Raises ValueError, naming the process, where another one holds it. Where the file system knows no locks, a warning
-    says so.
+    Raises ValueError, naming the process and the option that chose the folder, where another one holds it. Where the
+    file system knows no locks, a warning says so.
     """
     path = folder / LOCK
-    descriptor = _locked(path)
+    descriptor = _locked(path, option)
     try:
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -72,7 +72,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, option: str) -> int:
     """The descriptor of a lock file that is held, and is the one at `path`."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -82,7 +82,7 @@ def _locked(path: Path) -> int:
             holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise ValueError(
-                f"out {path.parent} is being written by {holder}: wait for it, or choose another folder"
+                f"{option} {path.parent} is being written by {holder}: wait for it, or choose another folder"
             ) from None
         except OSError as error:
             warnings.warn(f"{path.parent} cannot be locked against a second run: {error.strerror}", stacklevel=4)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import shlex
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -143,9 +145,28 @@ class StopTogether:
         return bool(self._wish)
 
 
-def restarted() -> bool:
-    """Whether torchrun, or SLURM after a requeue, started this program again."""
-    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def launch_id() -> str | None:
+    """What all starts of this program by one command have in common: by SLURM, requeued too, or by torchrun; else None.
+
+    The SLURM job, or torchrun's --rdzv-id (--standalone makes a new one), or without one torchrun's own process.
+    """
+    job, run = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID")
+    if job:
+        return f"SLURM job {job}"
+    if run is None:
+        return None
+    return f"torchrun {run}" if run != "none" else f"torchrun on {socket.gethostname()}, process {_parent()}"
+
+
+def _parent() -> str:
+    """Number and, where Linux tells it, start of the process above: in a container the number is always the same."""
+    parent = os.getppid()
+    try:
+        status = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:
+        return str(parent)
+    # its name, in parentheses, may hold anything; the start is field 22
+    return f"{parent} of {status.rpartition(')')[2].split()[19]}"
 
 
 def launch_command(command: str) -> str:
@@ -169,9 +190,10 @@ def _store() -> dist.Store | None:
     """Where the processes find each other; None leaves it to PyTorch.
 
     torchrun keeps its store when it starts the processes again, and those would look for the dead ones at the addresses
-    they find in it: each start has entries of its own.
+    they find in it: each start has entries of its own. On several machines each torchrun counts the starts differently;
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set where they are started, which makes a new store each time.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

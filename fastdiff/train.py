@@ -21,9 +21,10 @@ from fastdiff.interruption import Interruption
 from fastdiff.processes import Processes, StopTogether, launch_command
 from fastdiff.superres import SuperresScore
 from fastdiff.train_config import TrainConfig
+from fastdiff.train_folder import RunFolder
 from fastdiff.train_log import PendingLosses, Throughput
 from fastdiff.train_output import RunOutput
-from fastdiff.train_setup import find_run, set_up
+from fastdiff.train_setup import Setup, set_up
 from fastdiff.train_step import TrainStep
 from fastdiff.train_update import learning_rate
 from fastdiff.unet import UNet, UNetConfig
@@ -70,12 +71,31 @@ def train(
     the model is in shards with fsdp. On Ctrl-C, SIGTERM or SIGUSR1 a checkpoint is written and the command that
     continues the run is printed. Under torchrun every process calls it, with the same arguments.
 
-    Raises ValueError for options that do not fit the data, the model, the processes or the run that is to continue,
-    CheckpointError where checkpoints cannot be read or written, OSError where the log cannot, torch.OutOfMemoryError
-    where the batch has to be cut finer, and TrainingDiverged, at the next line of the log, after a NaN.
+    Raises ValueError for options that do not fit the data, the model, the processes or the run that is to continue, and
+    for an output folder that holds something else or that another run writes to; CheckpointError where checkpoints
+    cannot be read or written, OSError where the log cannot, torch.OutOfMemoryError where the batch has to be cut finer,
+    and TrainingDiverged, at the next line of the log, after a NaN.
     """
-    with Processes.of_environment(training=True) as processes, deterministic(config.deterministic):
-        return _train(config, model_config, on_step or (lambda step, model: None), processes)
+    on_step = on_step or (lambda step, model: None)
+    with (
+        Processes.of_environment(training=True) as processes,
+        deterministic(config.deterministic),
+        RunFolder(config) as folder,
+    ):
+        return _train(config, model_config, on_step, processes, folder)
+
+
+def _before_first_step(
+    config: TrainConfig, model_config: UNetConfig | None, resumed: Path | None, processes: Processes
+) -> tuple[Setup, TrainStep, int]:
+    """Also how many steps are done. What was read of a checkpoint is freed on return."""
+    setup, train_state = set_up(config, model_config, resumed, processes)
+    train_step = TrainStep(setup.model, setup.objective, setup.dataset, config, processes)
+    if train_state is None:
+        return setup, train_step, 0
+    averages, tensors, state = train_state
+    train_step.load_state(averages, tensors)
+    return setup, train_step, state["step"]
 
 
 def _train(
@@ -83,17 +103,13 @@ def _train(
     model_config: UNetConfig | None,
     on_step: Callable[[int, UNet], None],
     processes: Processes,
+    folder: RunFolder,
 ) -> TrainResult:
-    saved = processes.first_does(find_run, config)
-    setup = set_up(config, model_config, saved, processes)
-    train_step = TrainStep(setup.model, setup.objective, setup.dataset, config, processes)
-    step, loss = 0, None
-    if setup.train_state:
-        averages, tensors, state = setup.train_state
-        train_step.load_state(averages, tensors)
-        step = state["step"]
+    saved = processes.first_does(folder.find_run)
+    setup, train_step, step = _before_first_step(config, model_config, saved, processes)
+    loss: float | None = None
     # Data, options and model fit: from here on the run leaves traces.
-    output = RunOutput(config, setup)
+    output = RunOutput(config, setup, folder)
     processes.first_does(output.open, step)
     bar = tqdm(
         total=config.steps,

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.durable_files import write_files
 from fastdiff.processes import Processes
+
+LOG = "log.jsonl"
 
 
 class TrainingDiverged(RuntimeError):
@@ -78,13 +81,17 @@ class PendingLosses:
 
 
 class TrainLog:
-    """log.jsonl, one line a step; opened anew, it loses the lines after step `start`."""
+    """log.jsonl, one line a step; opened anew, it loses the lines after step `start`, all at once or not at all."""
 
     def __init__(self, path: Path, start: int) -> None:
-        lines = path.read_text().splitlines() if start and path.exists() else []
         self.path, self.warned = path, False
+        if not start:
+            path.unlink(missing_ok=True)
+        before = path.read_text() if path.exists() else ""
         # What an interrupted run logged after its last checkpoint will be logged again.
-        path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= start))
+        kept = "".join(f"{line}\n" for line in before.splitlines() if _step(line) <= start)
+        if kept != before:
+            write_files({path: lambda file: file.write(kept.encode())})
 
     def write(self, *records: Mapping[str, Any]) -> None:
         """Append a line for each record; OSError, which names the file, where that is not possible."""

@@ -13,8 +13,9 @@ from fastdiff import checkpoint, superres
 from fastdiff.superres import SuperresScore
 from fastdiff.train_config import TrainConfig
 from fastdiff.train_evaluation import EVALUATION_IMAGES, draw_samples, held_out_loss
-from fastdiff.train_log import TrainLog
-from fastdiff.train_setup import Setup, conditions
+from fastdiff.train_folder import SAMPLES, RunFolder
+from fastdiff.train_log import LOG, TrainLog
+from fastdiff.train_setup import Setup, conditions, dtype_name
 from fastdiff.unet import UNet
 
 
@@ -23,20 +24,16 @@ class RunOutput:
 
     _log: TrainLog
 
-    def __init__(self, config: TrainConfig, setup: Setup) -> None:
-        self.config, self.setup, self.folder = config, setup, Path(config.output)
+    def __init__(self, config: TrainConfig, setup: Setup, folder: RunFolder) -> None:
+        self.config, self.setup, self._run_folder, self.folder = config, setup, folder, folder.path
 
     def open(self, start: int) -> None:
-        """Make the folder and the log; what the run logged after step `start` is dropped.
+        """Take the folder and open the log; what the run logged after step `start` is dropped.
 
-        Raises CheckpointError where the folder cannot be written to.
+        Raises what `RunFolder.open` does, and OSError where the log cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._log = TrainLog(self.folder / "log.jsonl", start)
-        except OSError as error:
-            reason = error.strerror or error
-            raise checkpoint.CheckpointError(f"cannot write to output {self.folder}: {reason}") from error
+        self._run_folder.open()
+        self._log = TrainLog(self.folder / LOG, start)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """A line of the log."""
@@ -59,7 +56,7 @@ class RunOutput:
             weights=averages.state_dict(),
             config={**_description(config, setup), "step": step, "held_out_loss": loss},
             train_state=train_state,
-            state={"step": step, "options": asdict(config)},
+            state={"step": step, "options": asdict(config), "dtype": dtype_name(setup.objective.dtype)},
         )
         checkpoint.prune_checkpoints(self.folder, keep_last=config.keep_last, keep_every=config.keep_every)
         self._log.plot(self.folder / "loss.png")
@@ -67,7 +64,7 @@ class RunOutput:
 
     def draw(self, step: int, averages: UNet) -> None:
         """A picture of samples."""
-        path = self.folder / "samples" / f"step-{step}.png"
+        path = self.folder / SAMPLES / f"step-{step}.png"
         draw_samples(averages, self.setup.schedule, self.config, self.setup.held_out or self.setup.dataset, path)
 
     def score(self, step: int, averages: UNet) -> SuperresScore | None:

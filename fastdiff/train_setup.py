@@ -14,7 +14,7 @@ from fastdiff import checkpoint, superres
 from fastdiff.data import Dataset, EmptySplitError, downloads, load_dataset
 from fastdiff.device import resolve_device
 from fastdiff.loss import DiffusionLoss
-from fastdiff.processes import Processes, restarted
+from fastdiff.processes import Processes
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train_config import TrainConfig
 from fastdiff.unet import UNet, UNetConfig
@@ -28,7 +28,7 @@ FREE_ON_RESUME |= {"gradient_accumulation_steps", "fsdp", "deterministic"}
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Setup:
-    """Device, data, network and objective of a run; train_state: what it continues from, None for a new one."""
+    """Device, data, network and objective of a run."""
 
     device: torch.device
     dataset: Dataset
@@ -37,11 +37,14 @@ class Setup:
     model_config: UNetConfig
     model: UNet
     objective: DiffusionLoss
-    train_state: checkpoint.TrainState | None
 
 
-def set_up(config: TrainConfig, model_config: UNetConfig | None, resumed: Path | None, processes: Processes) -> Setup:
-    """All that a run needs before its first step, in each of its processes; nothing is written.
+def set_up(
+    config: TrainConfig, model_config: UNetConfig | None, resumed: Path | None, processes: Processes
+) -> tuple[Setup, checkpoint.TrainState | None]:
+    """All that a run needs before its first step, in each of its processes, and what it continues from, on the CPU.
+
+    Nothing is written.
 
     Raises ValueError for options that do not fit the data, the model, the processes or the run that is to continue, and
     CheckpointError where its checkpoint cannot be read; in all processes where one of them does.
@@ -56,11 +59,11 @@ def set_up(config: TrainConfig, model_config: UNetConfig | None, resumed: Path |
     if resumed:
         # every process reads the whole: it takes its part itself, if there are shards
         train_state = processes.all_do(lambda: checkpoint.load_train_state(resumed))
-        model_config = check_resume(resumed, train_state[2]["options"], config, model_config)
+        model_config = check_resume(resumed, train_state[2], config, model_config, dtype)
     model_config = model_config or preset_for(config, dataset)
     schedule = getattr(NoiseSchedule, config.schedule)(num_train_timesteps=config.num_train_timesteps)
     model = new_model(config, model_config, device)
-    return Setup(
+    setup = Setup(
         device=device,
         dataset=dataset,
         held_out=held_out,
@@ -68,8 +71,8 @@ def set_up(config: TrainConfig, model_config: UNetConfig | None, resumed: Path |
         model_config=model_config,
         model=model,
         objective=objective_for(config, schedule, model, dataset, dtype),
-        train_state=train_state,
     )
+    return setup, train_state
 
 
 def pieces_each(config: TrainConfig, processes: int) -> int:
@@ -84,31 +87,33 @@ def pieces_each(config: TrainConfig, processes: int) -> int:
     return pieces // processes
 
 
-def find_run(config: TrainConfig) -> Path | None:
-    """The checkpoint to continue from, None for a new run; a program that was started again takes what there is."""
-    output = Path(config.output)
-    latest = checkpoint.latest_checkpoint(output)
-    if restarted():
-        return latest
-    if config.resume and latest is None:
-        raise checkpoint.CheckpointError(f"output {output} has no undamaged checkpoint to resume from")
-    if latest and not config.resume:
-        raise ValueError(f"output {output} already holds a run: resume it or choose another folder")
-    return latest
-
-
 def check_resume(
-    resumed: Path, options: dict[str, Any], config: TrainConfig, model_config: UNetConfig | None
+    resumed: Path, state: dict[str, Any], config: TrainConfig, model_config: UNetConfig | None, dtype: torch.dtype
 ) -> UNetConfig:
-    """The network of the run that is to continue, once all options that decide its weights are the same."""
+    """The network of the run that is to continue, once all options that decide its weights are the same.
+
+    state: its state.json. dtype: what this run computes in; older checkpoints do not say what "auto" was to theirs.
+    """
+    free = FREE_ON_RESUME
+    if "dtype" in state:
+        free = free | {"dtype"}
+        before, now = state["dtype"], dtype_name(dtype)
+        if now != before:
+            got = repr(config.dtype) + (f", here {now}" if config.dtype != now else "")
+            raise ValueError(f"dtype must be {before!r} as in the run that resumes from {resumed}, got {got}")
     for name, value in asdict(config).items():
-        before = options.get(name, value)
-        if name not in FREE_ON_RESUME and value != before:
+        before = state["options"].get(name, value)
+        if name not in free and value != before:
             raise ValueError(f"{name} must be {before!r} as in the run that resumes from {resumed}, got {value!r}")
     stored = UNetConfig.from_dict(checkpoint.load_config(resumed)["model"])
     if model_config not in (None, stored):
         raise ValueError(f"model_config must be that of {resumed}, {stored}, got {model_config}")
     return stored
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the option spells it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def device_and_dtype(config: TrainConfig, processes: Processes | None = None) -> tuple[torch.device, torch.dtype]:

@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
 # Solver steps run their reference eagerly but where a test asks for the compiled one: each variant takes seconds.
 os.environ.setdefault("FASTDIFF_COMPILE_STEP", "0")
 
+# In a SLURM job all tests would be of one launch, which may go on with what it has begun.
+os.environ.pop("SLURM_JOB_ID", None)
+
 from fastdiff.kernels import dispatch
 
 KERNEL_TESTS = Path(__file__).parent / "kernels"

@@ -216,6 +216,32 @@ def test_a_second_run_is_refused_while_the_first_one_lives_and_no_longer(tmp_pat
     assert not (out / ".lock").exists()
 
 
+def test_a_launch_that_starts_its_program_again_goes_on_by_itself(whole, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", bulk._Blocks.write
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    def dies(blocks, block, images):
+        if block == 2:
+            raise KeyboardInterrupt
+        write(blocks, block, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk._Blocks, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            generate_many(BulkConfig(out=out, **OPTIONS))
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RUN_ID", "y")
+        for times in ("0", "1"):
+            patch.setenv("TORCHELASTIC_RESTART_COUNT", times)
+            with pytest.raises(ValueError, match=r"out .* holds samples already"):
+                generate_many(BulkConfig(out=out, **OPTIONS))
+    assert generate_many(BulkConfig(out=out, **OPTIONS)).drawn == 10
+    assert contents(out) == whole
+    # what is done is nobody's to go on with
+    with pytest.raises(ValueError, match=r"out .* holds samples already"):
+        generate_many(BulkConfig(out=out, **OPTIONS))
+
+
 def test_progress_tells_how_long_it_will_take(tmp_path, capsys):
     generate_many(BulkConfig(out=tmp_path / "out", **OPTIONS), progress=True)
     # done, of all, since when, for how long still

@@ -1,17 +1,22 @@
 """What a training run in one process survives: a NaN, a memory that is too small, a full disk, being started again."""
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
+import weakref
+from unittest import mock
 
 import pytest
 import torch
 
-from fastdiff import checkpoint, processes, train_step
+from fastdiff import checkpoint, durable_files, processes, train_setup, train_step
 from fastdiff.interruption import Interruption
 from fastdiff.loss import DiffusionLoss
 from fastdiff.train import TrainConfig, train
-from fastdiff.train_log import TrainingDiverged
+from fastdiff.train_log import TrainingDiverged, TrainLog
 from fastdiff.train_setup import pieces_each
 from fastdiff.unet import UNetConfig
 
@@ -168,19 +173,22 @@ def test_a_full_memory_while_a_graph_is_captured_cuts_finer_as_well(tmp_path, mo
 
 def test_a_full_disk_names_the_file(tmp_path):
     output = tmp_path / "run"
-    output.mkdir()
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    (output / "log.jsonl").symlink_to("/dev/full")
+
+    def fill(step, model):
+        if step == 1:
+            (output / "log.jsonl").symlink_to("/dev/full")
+
     with pytest.raises(OSError, match=r"cannot write .*run/log\.jsonl: No space left on device$"):
-        train(options(output), model_config=TINY)
+        train(options(output), model_config=TINY, on_step=fill)
 
 
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_program_that_is_started_again_goes_on_by_itself(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "value"), [("TORCHELASTIC_RUN_ID", "none"), ("SLURM_JOB_ID", "7")])
+def test_a_program_that_is_started_again_goes_on_by_itself(tmp_path, monkeypatch, name, value):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(options(whole), model_config=TINY)
-    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv(name, value)
 
     def stop(step, model):
         if step == 5:
@@ -194,6 +202,155 @@ def test_a_program_that_is_started_again_goes_on_by_itself(tmp_path, monkeypatch
     for one, other in zip(left, right):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert losses(parts) == losses(whole)
+
+
+@pytest.fixture
+def run_of_two_checkpoints(tmp_path):
+    """Folder of a run that no launcher started."""
+    output = tmp_path / "run"
+    train(options(output), model_config=TINY)
+    return output
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def start_again(monkeypatch, times):
+    """As torchrun --max-restarts does it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(times))
+
+
+def test_a_refused_run_stays_refused_when_it_is_started_again(run_of_two_checkpoints, monkeypatch):
+    before = names(run_of_two_checkpoints)
+    for times in (0, 1, 2):
+        start_again(monkeypatch, times)
+        with pytest.raises(ValueError, match="already holds a run: resume it or choose another folder"):
+            train(options(run_of_two_checkpoints, steps=12, keep_last=1), model_config=TINY)
+    assert names(run_of_two_checkpoints) == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_damaged_checkpoints_are_never_written_over(run_of_two_checkpoints, monkeypatch, resume):
+    output = run_of_two_checkpoints
+    for path in output.glob("step-*/model.safetensors"):
+        path.write_bytes(b"")
+    log = (output / "log.jsonl").read_text()
+    message = "has no undamaged checkpoint to resume from" if resume else "must be empty, or hold a run to resume"
+    for times in (0, 1):
+        start_again(monkeypatch, times)
+        with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="skipped"):
+            train(options(output, resume=resume), model_config=TINY)
+    assert (output / "log.jsonl").read_text() == log
+
+
+def test_a_resumed_run_belongs_to_the_launch_that_resumed_it(run_of_two_checkpoints, monkeypatch):
+    output = run_of_two_checkpoints
+    start_again(monkeypatch, 0)
+    assert train(options(output, resume=True), model_config=TINY).completed
+    start_again(monkeypatch, 1)
+    assert train(options(output), model_config=TINY).completed
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "y")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(options(output), model_config=TINY)
+    # resumed by hand it belongs to nobody
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    train(options(output, resume=True), model_config=TINY)
+    start_again(monkeypatch, 2)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(options(output), model_config=TINY)
+
+
+def test_only_one_run_writes_to_a_folder(run_of_two_checkpoints, tmp_path):
+    refused = pytest.raises(ValueError, match=f"output {run_of_two_checkpoints} is being written by process")
+    with durable_files.alone_in(run_of_two_checkpoints, "output"), refused:
+        train(options(run_of_two_checkpoints, resume=True), model_config=TINY)
+    # of a process that was killed
+    (run_of_two_checkpoints / ".lock").write_text("process 1 on elsewhere")
+    assert train(options(run_of_two_checkpoints, resume=True), model_config=TINY).completed
+
+    def second(step, model):
+        with pytest.raises(ValueError, match=r"output .* is being written by process"):
+            train(options(tmp_path / "new"), model_config=TINY)
+
+    assert train(options(tmp_path / "new", steps=1), model_config=TINY, on_step=second).completed
+    assert ".lock" not in names(tmp_path / "new")
+
+
+def test_a_run_that_is_faster_to_a_new_folder_keeps_it(run_of_two_checkpoints, tmp_path, monkeypatch):
+    load = train_setup.load_data
+
+    def slow(*arguments):
+        shutil.copytree(run_of_two_checkpoints, tmp_path / "new")
+        return load(*arguments)
+
+    monkeypatch.setattr(train_setup, "load_data", slow)
+    with pytest.raises(ValueError, match=r"must be empty, or hold a run to resume, and holds loss\.png"):
+        train(options(tmp_path / "new"), model_config=TINY)
+
+
+def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path):
+    (tmp_path / "thesis.tex").write_text("kept")
+    with pytest.raises(ValueError, match=r"output .* must be empty, .* and holds thesis\.tex: choose another folder"):
+        train(options(tmp_path), model_config=TINY)
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_what_a_killed_run_leaves_before_its_first_checkpoint_is_no_obstacle(tmp_path):
+    (tmp_path / "step-4.tmp").mkdir()
+    (tmp_path / "samples").mkdir()
+    for name in ("log.jsonl", ".lock", ".launch", ".log.jsonl.9.tmp"):
+        (tmp_path / name).write_text("{}\n")
+    assert train(options(tmp_path), model_config=TINY).completed
+    assert len(losses(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_log_survives_a_full_disk_when_it_is_opened_again(tmp_path, monkeypatch, dropped):
+    path = tmp_path / "log.jsonl"
+    text = '{"step": 1}\n{"step": 2}\n' + ('{"step": 3}\n' if dropped else "")
+    path.write_text(text)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
+    file = path.stat().st_ino
+    with pytest.raises(OSError, match=r"log\.jsonl: No space left") if dropped else contextlib.nullcontext():
+        TrainLog(path, start=2)
+    assert (path.read_text(), path.stat().st_ino) == (text, file)
+
+
+def test_another_dtype_by_auto_is_refused(run_of_two_checkpoints, monkeypatch):
+    output = run_of_two_checkpoints
+    decide = train_setup.device_and_dtype
+    assert train(options(output, dtype="float32", resume=True), model_config=TINY).completed
+    monkeypatch.setattr(train_setup, "device_and_dtype", lambda *given: (decide(*given)[0], torch.bfloat16))
+    message = "dtype must be 'float32' as in the run that resumes from .*step-8, got 'auto', here bfloat16"
+    with pytest.raises(ValueError, match=message):
+        train(options(output, resume=True), model_config=TINY)
+    # a checkpoint that does not say
+    averages, tensors, state = checkpoint.load_train_state(output / "step-8")
+    del state["dtype"]
+    config = checkpoint.load_config(output / "step-8")
+    checkpoint.save_checkpoint(output / "step-8", weights=averages, config=config, train_state=tensors, state=state)
+    assert train(options(output, resume=True), model_config=TINY).completed
+
+
+def test_what_was_read_of_a_checkpoint_is_not_kept(run_of_two_checkpoints, monkeypatch):
+    shutil.rmtree(run_of_two_checkpoints / "step-8")
+    load, read = checkpoint.load_train_state, []
+
+    def remember(directory):
+        averages, tensors, state = load(directory)
+        read.extend(map(weakref.ref, [*averages.values(), *tensors.values()]))
+        return averages, tensors, state
+
+    monkeypatch.setattr(checkpoint, "load_train_state", remember)
+
+    def look(step, model):
+        assert [one for one in read if one() is not None] == []
+
+    assert train(options(run_of_two_checkpoints, resume=True), model_config=TINY, on_step=look).completed
+    assert read
 
 
 def test_signals_are_wishes_and_only_ctrl_c_insists():
