@@ -126,19 +126,20 @@ class TrainStep:
         return True
 
     def _cut_finer(self, step: int) -> None:
-        """Choose at least twice as many pieces after one did not fit into memory."""
+        """Choose at least twice as many pieces after one did not fit into memory; several processes are told to."""
         self._advance = None
         self._update.drop_gradients()
         batch, pieces = self.config.batch_size, self._pieces * self._processes.size
-        images = batch // pieces
-        if self._processes.size > 1:
-            raise torch.OutOfMemoryError(
-                f"{images} images at a time do not fit into memory: gradient_accumulation_steps must be above {pieces}"
-            )
-        finer = next((count for count in range(2 * pieces, batch + 1) if batch % count == 0), None)
+        images, processes = batch // pieces, self._processes.size
+        fewest = 2 * pieces if processes == 1 else pieces + processes
+        finer = next((count for count in range(fewest, batch + 1, processes) if batch % count == 0), None)
         if finer is None:
             raise torch.OutOfMemoryError(
                 f"{images} images at a time, a batch in {pieces} pieces, do not fit into memory"
+            )
+        if processes > 1:
+            raise torch.OutOfMemoryError(
+                f"{images} images at a time do not fit into memory: gradient_accumulation_steps must be {finer} or more"
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -152,13 +153,14 @@ class TrainStep:
     def _captured(self) -> Callable[[], None]:
         """What replays the iteration, or the iteration itself where it cannot be captured; one warning says why."""
         state = [*self.state().values(), *self.ema.model.state_dict().values()]
-        before = [value.clone() for value in state]
+        before: list[Tensor] = []
 
         def reset() -> None:
             for value, old in zip(state, before):
                 value.copy_(old)
 
         try:
+            before.extend(value.clone() for value in state)
             replay, _ = capture(self._iterate, reset, self.device, None)
         except (RuntimeError, _OutOfMemory) as error:
             torch.cuda.synchronize(self.device)  # the warm-up may still be running on its own stream

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff import train_step
 from fastdiff.data import load_dataset
+from fastdiff.processes import Processes
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train_config import TrainConfig
 from fastdiff.train_setup import new_model, objective_for
@@ -137,6 +138,34 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(monkeypatch):
         results = run(step, 2)
     assert len(caught) == 1
     assert_same(results, run(make(), 2))  # the warm-up has left nothing behind
+
+
+def test_without_memory_to_go_back_after_the_warm_up_the_step_runs_eagerly(monkeypatch):
+    step = make()
+    step._captures = True
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clone, failures = torch.Tensor.clone, iter([False, False, True])
+
+    def run_out(tensor, **keywords):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clone(tensor, **keywords)
+
+    monkeypatch.setattr(torch.Tensor, "clone", run_out)
+    with pytest.warns(UserWarning, match="runs eagerly: CUDA out of memory$"):
+        step(0)
+    monkeypatch.undo()
+    other = make()
+    other(0)
+    assert_same(([], everything(step)), ([], everything(other)))
+
+
+@pytest.mark.parametrize(("processes", "pieces", "enough"), [(2, 1, 4), (5, 1, 10), (5, 2, 20)])
+def test_several_processes_are_told_how_many_pieces_come_next(processes, pieces, enough):
+    step = make()
+    step._processes, step._pieces = Processes(0, processes, 0), pieces
+    with pytest.raises(torch.OutOfMemoryError, match=f"gradient_accumulation_steps must be {enough} or more$"):
+        step._cut_finer(0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
