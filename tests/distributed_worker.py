@@ -4,7 +4,7 @@ Its argument is JSON: a list of runs, each a pair of TrainConfig's options and a
     signal, at: after that step the first process sends torchrun, its parent, this signal
     kill, at: after that step the last process kills itself, unless it was started again
     nan, at: in the backward pass of that step a gradient of the last process is NaN
-    full: nothing can be flushed to disk
+    full: nothing can be flushed to disk after the first step
 How each run ends is printed as a line of JSON by every process.
 """
 
@@ -79,10 +79,16 @@ def run(processes: Processes, options: dict[str, Any], faults: dict[str, Any]) -
     def call(objective, *arguments, **keywords):
         return fault.loss(objective, *arguments, **keywords)
 
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if "full" in faults else None
+    flush = os.fsync
+
+    def flush_or_fail(descriptor):
+        if "full" in faults and fault.calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
     with (
         mock.patch.object(DiffusionLoss, "__call__", call),
-        mock.patch.object(os, "fsync", side_effect=full, wraps=os.fsync),
+        mock.patch.object(os, "fsync", flush_or_fail),
     ):
         try:
             result = train(TrainConfig(**options), model_config=MODEL, on_step=fault.on_step)
