@@ -24,7 +24,8 @@ def note_launch(folder: Path) -> None:
     if identity is None:
         forget_launch(folder)
     elif not is_of_this_launch(folder):
-        write_files({folder / LAUNCH: lambda file: file.write(identity.encode())})
+        content = identity.encode()
+        write_files({folder / LAUNCH: lambda file: file.write(content)})
 
 
 def forget_launch(folder: Path) -> None:
