@@ -21,7 +21,7 @@ CLASSES = {
     "copy": "copies, changes of layout or dtype, concatenation, indexing, fills",
     "random": "torch's random numbers, dropout",
     "optimizer": "optimizer step, moving average, gradient clipping: all multi-tensor operations",
-    "fastdiff": "this package's own kernels: q_sample, p_sample, mse, solver_step, noise (group norm is above)",
+    "fastdiff": "this package's own kernels: q_sample, p_sample, mse, solver_step, noise, dropout (group norm: above)",
     "compiled": "CPU only: a compiled graph's own time, with those of its kernels that carry no name",
     "dispatch": "CPU only: Python, the dispatcher, allocation and views, all that computes nothing",
     "other": "names that no rule knows",
@@ -91,7 +91,7 @@ _KERNEL_RULES = (
     ("elementwise", r"triton_\w*fused|cpp_fused"),
     # This package's.
     ("group_norm", r"^_(group_norm\w*|moments|normalise|backward_(sums|dx))_kernel$"),
-    ("fastdiff", r"^_(q_sample|p_sample|mse|solver_step|normal|uniform)_kernel$"),
+    ("fastdiff", r"^_(q_sample|p_sample|mse|solver_step|normal|uniform|dropout)_kernel$"),
     # Libraries. Layout first: cuDNN converts by kernels that name convolution types.
     ("copy", r"(nchw|nhwc|chw|hwc)\w*To\w*(nchw|nhwc|chw|hwc)|\b(memcpy|memset)\b|nhwcAddPadding|nchwAddPadding"),
     ("copy", r"genericTranspose|batched_transpose|transpose_?(kernel|warp|readWrite)|tensorTransform"),

@@ -224,7 +224,10 @@ def test_the_compiled_graph_reads_keys_only_where_they_matter(keys: str) -> None
     assert ("dropout_keys" in code) == (keys == "given")
     assert ("nn.functional.dropout" in code) == (keys != "given")
     if keys == "given":
-        assert torch.equal(out, unet(**inputs, dropout_keys=given))
+        # compiled, group norms and upsampling add in another order: some 20 layers of some 10 roundings of 2^-24 each;
+        # another mask would change the output by its own size
+        expected = unet(**inputs, dropout_keys=given)
+        torch.testing.assert_close(out, expected, rtol=0, atol=200 * 2**-24 * expected.abs().max().item())
 
 
 def test_gradients_with_keyed_dropout_are_those_of_a_kept_mask() -> None:
